@@ -1,0 +1,54 @@
+# `make run` and `make test` set up everything they need: a virtual environment in .venv, the dependencies (llama.cpp
+# is compiled once, which takes minutes; cmake and ninja come along) and the default model.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+QUESTION ?= At what water level does the station send the red alarm?
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format bench setup clean
+
+help:  ## Show what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	    printf '%-12s %s\n' "$$name" "$$text"; done
+
+run: $(READY)  ## Ask the default model a question about a long document, with the cache governed
+	$(BIN)/kvpsi generate --file examples/long_document.txt "$(QUESTION)"
+
+test: $(READY)  ## Run all tests, one after the other: llama.cpp's threads spin and would slow each other down
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## Check style and types, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Bring the code into the common format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## Run the measurements; BENCH_ARGS chooses which
+	$(BIN)/kvpsi bench $(BENCH_ARGS)
+
+setup: $(READY)  ## Only set up .venv and the default model
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "kvpsi needs Python 3.10 or newer: call make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "Python's venv module is missing: run 'apt install python3-venv' as root." >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
+	    echo "A C++ compiler is missing: run 'apt install g++' as root." >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/kvpsi pull
+	@touch $@
+
+clean:  ## Remove the virtual environment and everything built; models stay in the user's cache
+	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

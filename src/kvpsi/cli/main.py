@@ -1,0 +1,98 @@
+"""The ``kvpsi`` command: registers the commands and turns every failure into one line and an exit status.
+
+To add a command, write one file beside this one with one function and register it below.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kvpsi import __version__
+from kvpsi.cli import bench, doctor, generate, pull
+from kvpsi.cli.output import one_line
+from kvpsi.errors import KvpsiError
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvpsi",
+    help="Run a llama.cpp model whose KV cache gives memory back under pressure.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.generate)
+app.add_typer(bench.app, name="bench")
+app.command()(doctor.doctor)
+app.command()(pull.pull)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvpsi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; without arguments show the help."""
+    arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status = app(arguments, prog_name="kvpsi", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return 1
+    except Exception as error:
+        if os.environ.get("KVPSI_DEBUG") == "1":
+            traceback.print_exc()
+        message, status = _explained(error)
+        print(f"kvpsi: {one_line(message)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _discard_output()
+        return status
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One sentence and an exit status for whatever a command raised."""
+    if isinstance(error, KvpsiError):
+        return str(error), error.exit_status
+    # Typer's own complaints about the command line: it exports no class for them, but all have these two.
+    format_message, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if callable(format_message) and isinstance(exit_code, int):
+        return f"{str(format_message()).rstrip('.')}: `kvpsi --help` shows how to call it.", exit_code
+    if isinstance(error, OSError):
+        what = f" {error.filename!r}" if error.filename else " its output"
+        return f"Could not read or write{what}: {error.strerror or error}.", 1
+    bug = f"Internal error ({type(error).__name__}: {error})"
+    return f"{bug}: please report it with what KVPSI_DEBUG=1 shows.", 1
+
+
+def _discard_output() -> None:
+    """Point standard output at nothing, so that the interpreter's last flush does not fail again."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What runs the model: one file for each engine."""

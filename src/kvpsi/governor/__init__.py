@@ -1,0 +1,6 @@
+"""Decide: a pure control law, and the thread that runs it."""
+
+from kvpsi.governor.governor import Governed, Governor
+from kvpsi.governor.law import CacheStatus, Decision, LawSettings, State, decide
+
+__all__ = ["CacheStatus", "Decision", "Governed", "Governor", "LawSettings", "State", "decide"]

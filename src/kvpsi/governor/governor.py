@@ -1,0 +1,117 @@
+"""The thread that runs the law on a live cache: sense, decide, act, and see what really happened."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Protocol
+
+from kvpsi.governor.law import CacheStatus, Decision, LawSettings, State, decide, record_given
+from kvpsi.instrument import Instrument
+from kvpsi.pressure import Monitor, PressureSource, Reading, Trigger
+
+
+class Governed(Protocol):
+    """What a governor needs from a cache; `kvpsi.kv.ElasticCache` is one."""
+
+    def status(self) -> CacheStatus:
+        """Sizes as of now; callable from any thread."""
+        ...
+
+    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
+        """Set the allocation gate and the size of prefill pieces; callable from any thread."""
+        ...
+
+    def give_now(self) -> int | None:
+        """Shrink to the limit if the engine is idle, and return the bytes given; None if it is busy."""
+        ...
+
+    def interrupt(self) -> bool:
+        """Ask a busy engine to make room at once."""
+        ...
+
+
+class Governor:
+    """Keeps one cache within what the machine can spare.
+
+    ``start`` takes one reading and decides at once, so that the gate stands before the first token. A context manager:
+    leaving it stops the thread and lifts the limit.
+    """
+
+    def __init__(
+        self,
+        cache: Governed,
+        source: PressureSource,
+        *,
+        settings: LawSettings | None = None,
+        instrument: Instrument | None = None,
+        trigger: Trigger | None = None,
+    ) -> None:
+        self.cache = cache
+        self.settings = settings or LawSettings()
+        self.instrument = instrument or Instrument()
+        self.state = State()
+        self.decision: Decision | None = None
+        self.reading: Reading | None = None
+        self.stall_us_at_start: int | None = None
+        self._source = source
+        self._lock = threading.Lock()
+        self._trigger = trigger
+        self.monitor = Monitor(source, on_reading=self.on_reading, trigger=trigger)
+
+    def on_reading(self, reading: Reading) -> None:
+        """One tick: decide, set the gate, and if the cache is above it have it shrink."""
+        with self._lock:
+            decision, self.state = decide(reading, self.cache.status(), self.state, self.settings)
+            changed = self.decision is None or _differs(decision, self.decision)
+            self.decision, self.reading = decision, reading
+            if self.stall_us_at_start is None:
+                self.stall_us_at_start = reading.memory.some.total_us
+        self.cache.set_limit(decision.limit_bytes, self.settings.pressed_chunk_tokens if decision.pressed else None)
+        self.instrument.event("reading", reading)
+        if changed:
+            self.instrument.event("decision", decision)
+        if decision.give_bytes > 0:
+            given = self.cache.give_now()
+            if given is None and decision.urgent:
+                self.cache.interrupt()
+
+    def record_given(self, given_bytes: int) -> None:
+        """Tell the law what really went back, so that it does not react to the echo."""
+        with self._lock:
+            if self.reading is not None:
+                self.state = record_given(self.state, self.reading, given_bytes)
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds of memory stall (``some``) since the start, in the scope of the last reading."""
+        if self.reading is None or self.stall_us_at_start is None:
+            return 0.0
+        return max(0, self.reading.memory.some.total_us - self.stall_us_at_start) / 1e6
+
+    def start(self) -> Governor:
+        """Decide once, then keep watching in a thread of its own."""
+        self.on_reading(self._source.read())
+        self.monitor.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread, close the source and lift the limit; may be called twice."""
+        self.monitor.stop()
+        if self._trigger is not None:
+            self._trigger.close()
+        self._source.close()
+        self.cache.set_limit(self.cache.status().capacity_bytes, None)
+
+    def __enter__(self) -> Governor:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _differs(new: Decision, old: Decision) -> bool:
+    """Whether a decision is worth telling: something is given, or its kind changed."""
+    return new.give_bytes > 0 or (new.pressed, new.urgent) != (old.pressed, old.urgent)

@@ -1,0 +1,209 @@
+"""The control law: what the cache may be, given what was sensed. Pure: no clock, no I/O, no thread.
+
+Headroom feeds forward: what is free beyond a reserve may be used, what is missing to it is given back, in proportion.
+Stall decides how hard to push when headroom alone does not tell. Growing back is slow and
+waits for calm, giving is quick (as in Meta's Senpai, https://github.com/facebookincubator/senpai).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kvpsi.errors import UsageError
+from kvpsi.pressure.reading import Reading
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LawSettings:
+    """Constants of the law.
+
+    Attributes:
+        low_bytes: headroom that is kept free; below it the cache gives. None: 5 % of the tightest limit, between
+            48 MiB and 512 MiB, and never more than a quarter of the limit.
+        high_bytes: headroom above which the cache may grow back. None: twice ``low_bytes``.
+        lookahead_s: how far ahead the headroom's slope is extended.
+        min_step_share, max_step_share: how much of the cache in use one step takes, from the mildest stall that
+            counts to a hard one.
+        stall_share: memory stall (``some``, share of a tick) from which on it counts.
+        hard_stall_share: stall at which steps are largest.
+        calm_share: stall below which a tick is calm.
+        calm_hold_s: calm that must have lasted before the cache grows back.
+        grow_share: how much of the whole cache the limit grows by in a second of calm.
+        echo_s: after giving, for so long stall is taken for the echo of that work, and on scopes whose counters lag
+            (the system's) what was given is credited.
+        pressed_chunk_tokens: prefill pieces under pressure, so that room is made in time before each.
+    """
+
+    low_bytes: int | None = None
+    high_bytes: int | None = None
+    lookahead_s: float = 0.15
+    min_step_share: float = 0.10
+    max_step_share: float = 0.20
+    stall_share: float = 0.05
+    hard_stall_share: float = 0.30
+    calm_share: float = 0.01
+    calm_hold_s: float = 2.0
+    grow_share: float = 0.05
+    echo_s: float = 0.3
+    pressed_chunk_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("low_bytes", "high_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} is {value}, but a headroom cannot be negative; use 0 or more bytes.")
+        if self.low_bytes is not None and self.high_bytes is not None and self.high_bytes < self.low_bytes:
+            raise UsageError(
+                f"high_bytes ({self.high_bytes}) is below low_bytes ({self.low_bytes}); the cache would grow and "
+                "shrink at once, so set high_bytes to at least low_bytes."
+            )
+        for name in (
+            "min_step_share",
+            "max_step_share",
+            "stall_share",
+            "hard_stall_share",
+            "calm_share",
+            "grow_share",
+        ):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise UsageError(f"{name} is {value}, but a share lies above 0 and is at most 1.")
+        if self.min_step_share > self.max_step_share:
+            raise UsageError("min_step_share is above max_step_share; swap them.")
+        if self.lookahead_s < 0 or self.calm_hold_s < 0 or self.echo_s < 0:
+            raise UsageError("A time in the law's settings is negative; use 0 or more seconds.")
+        if self.pressed_chunk_tokens < 1:
+            raise UsageError("pressed_chunk_tokens must be at least 1.")
+
+    def low_for(self, limit_bytes: int) -> int:
+        """The reserve for a scope of ``limit_bytes``."""
+        if self.low_bytes is not None:
+            return self.low_bytes
+        return min(max(limit_bytes // 20, 48 * MIB), 512 * MIB, limit_bytes // 4)
+
+    def high_for(self, limit_bytes: int) -> int:
+        """The headroom from which on the cache may grow back."""
+        return self.high_bytes if self.high_bytes is not None else 2 * self.low_for(limit_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatus:
+    """The cache as the law sees it: its full size, what tokens occupy, and what it cannot go below, in bytes."""
+
+    capacity_bytes: int
+    used_bytes: int
+    floor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the law remembers from tick to tick.
+
+    ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. ``given`` lists recent
+    releases as (time, bytes, headroom just before).
+    """
+
+    limit_bytes: int | None = None
+    calm_since_s: float | None = None
+    grown_at_s: float = 0.0
+    given: tuple[tuple[float, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the cache is to do.
+
+    Attributes:
+        limit_bytes: the cache must not hold more than this; what it holds beyond is to be given back now.
+        give_bytes: how much of what is in use that is.
+        urgent: a running prefill is to be interrupted for it.
+        pressed: prefill goes in small pieces for the time being.
+        reason: one short sentence for people.
+    """
+
+    limit_bytes: int
+    give_bytes: int = 0
+    urgent: bool = False
+    pressed: bool = False
+    reason: str = "calm"
+
+
+def record_given(state: State, reading: Reading, given_bytes: int) -> State:
+    """The state after ``given_bytes`` really went back to the kernel following ``reading``."""
+    entry = (reading.time_s, given_bytes, reading.headroom.available_bytes)
+    return replace(state, given=(*state.given, entry))
+
+
+def _credit_bytes(state: State, reading: Reading, settings: LawSettings) -> int:
+    """What was given and does not show yet: MemAvailable lags behind a release, a cgroup's usage does not."""
+    if reading.headroom.scope != "system":
+        return 0
+    recent = [g for g in state.given if reading.time_s - g[0] < max(2.0, settings.echo_s)]
+    if not recent:
+        return 0
+    shown = max(0, reading.headroom.available_bytes - recent[0][2])
+    return max(0, sum(g[1] for g in recent) - shown)
+
+
+def _step_share(stall: float, settings: LawSettings) -> float:
+    """Share of the cache to give for a stall: linear between the mildest that counts and a hard one."""
+    span = max(settings.hard_stall_share - settings.stall_share, 1e-9)
+    push = min(1.0, max(0.0, (stall - settings.stall_share) / span))
+    return settings.min_step_share + push * (settings.max_step_share - settings.min_step_share)
+
+
+def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSettings) -> tuple[Decision, State]:
+    """One tick of the law."""
+    now, room = reading.time_s, reading.headroom
+    state = replace(state, given=tuple(g for g in state.given if now - g[0] < 2.0 + settings.echo_s))
+    low, high = settings.low_for(room.limit_bytes), settings.high_for(room.limit_bytes)
+    available = room.available_bytes + _credit_bytes(state, reading, settings)
+    predicted = available + int(min(0.0, room.slope_bytes_s) * settings.lookahead_s)
+    stall = reading.memory.some.share
+    echo = any(now - g[0] < settings.echo_s for g in state.given)
+    stalled = stall >= settings.stall_share and predicted < 2 * high and not echo
+
+    limit = cache.capacity_bytes if state.limit_bytes is None else state.limit_bytes
+    give, reason = 0, "calm"
+    if predicted < low:
+        give = min(low - predicted, int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes))
+        reason = f"headroom will be {predicted // MIB} MiB, {low // MIB} MiB are to stay free"
+    if stalled:
+        by_stall = int(_step_share(stall, settings) * cache.used_bytes)
+        if by_stall > give:
+            give = by_stall
+            reason = f"memory stalls {stall:.0%} of the time with {available // MIB} MiB of headroom"
+    give = max(0, min(give, cache.used_bytes - cache.floor_bytes))
+
+    pressed = predicted < low or stalled
+    if pressed:
+        limit = min(limit, max(cache.floor_bytes, cache.used_bytes - give))
+        state = replace(state, calm_since_s=None)
+    elif predicted >= high and stall < settings.calm_share:
+        limit, state = _grow(limit, predicted - high, now, cache, state, settings)
+        if limit < cache.capacity_bytes:
+            reason = "growing back"
+    else:
+        state = replace(state, calm_since_s=None)
+        reason = "holding"
+    state = replace(state, limit_bytes=limit)
+
+    # whatever was decided before, never grow into the reserve
+    gate = max(cache.floor_bytes, min(limit, cache.used_bytes + max(0, predicted - low) - give))
+    urgent = give > 0 and predicted < low // 2
+    return Decision(gate, give, urgent, pressed or predicted < high, reason), state
+
+
+def _grow(
+    limit: int, spare: int, now: float, cache: CacheStatus, state: State, settings: LawSettings
+) -> tuple[int, State]:
+    """Raise the limit after calm has lasted: by ``grow_share`` a second, never past what is really there."""
+    if state.calm_since_s is None:
+        return limit, replace(state, calm_since_s=now, grown_at_s=now)
+    if now - state.calm_since_s < settings.calm_hold_s:
+        return limit, replace(state, grown_at_s=now)
+    step = int(settings.grow_share * cache.capacity_bytes * (now - state.grown_at_s))
+    ceiling = min(cache.capacity_bytes, cache.used_bytes + spare)
+    return max(limit, min(limit + step, ceiling)), replace(state, grown_at_s=now)

@@ -1,0 +1,170 @@
+"""Pages of this process: give them back, count them, find where they are mapped (Linux only)."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PAGE_BYTES = mmap.PAGESIZE
+
+_MADV_DONTNEED = 4
+_MADV_NOHUGEPAGE = 15
+
+_libc = ctypes.CDLL(None, use_errno=True)
+if sys.platform == "linux":
+    _madvise = _libc.madvise
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _mincore = _libc.mincore
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A range of the address space, [start, end) in bytes."""
+
+    start: int
+    end: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+
+def can_release() -> bool:
+    """Whether pages can be given back here: the semantics relied on (zeros afterwards) are Linux's own."""
+    return sys.platform == "linux"
+
+
+def whole_pages(start: int, end: int) -> Mapping | None:
+    """The whole pages inside [start, end), None if there are none."""
+    first = -(-start // PAGE_BYTES) * PAGE_BYTES
+    last = end // PAGE_BYTES * PAGE_BYTES
+    return Mapping(first, last) if last > first else None
+
+
+def release(pages: Mapping) -> None:
+    """Give whole pages back to the kernel; they read as zeros until written again (madvise(2), MADV_DONTNEED).
+
+    Raises:
+        OSError: the kernel refused, for example because the pages are locked (EINVAL).
+    """
+    if _madvise(pages.start, pages.n_bytes, _MADV_DONTNEED) != 0:
+        err = ctypes.get_errno()
+        raise OSError(err, os.strerror(err))
+
+
+def forbid_huge_pages(pages: Mapping) -> bool:
+    """Keep transparent huge pages out of a range, as one would refill the holes around each byte touched.
+
+    The flag also makes the range a mapping of its own, so that smaps counts it alone.
+    """
+    return bool(_madvise(pages.start, pages.n_bytes, _MADV_NOHUGEPAGE) == 0)
+
+
+def present_bytes(pages: Mapping) -> int:
+    """Bytes of a range that are in memory, from mincore(2); pages that were only ever read count too."""
+    flags = (ctypes.c_ubyte * (pages.n_bytes // PAGE_BYTES))()
+    if _mincore(pages.start, pages.n_bytes, ctypes.addressof(flags)) != 0:
+        return 0
+    return int((np.ctypeslib.as_array(flags) & 1).sum()) * PAGE_BYTES
+
+
+def _smaps_blocks(text: Iterable[str]) -> Iterator[tuple[Mapping, dict[str, int]]]:
+    """Each mapping of an smaps file with its fields in bytes."""
+    mapping: Mapping | None = None
+    fields: dict[str, int] = {}
+    for line in text:
+        head, _, rest = line.partition(" ")
+        if head.endswith(":"):
+            value = rest.split()
+            if len(value) == 2 and value[1] == "kB":
+                fields[head[:-1]] = int(value[0]) * 1024
+        elif "-" in head:
+            if mapping is not None:
+                yield mapping, fields
+            low, _, high = head.partition("-")
+            mapping, fields = Mapping(int(low, 16), int(high, 16)), {}
+    if mapping is not None:
+        yield mapping, fields
+
+
+def resident_bytes(ranges: Iterable[Mapping], smaps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
+    """Resident and swapped bytes of the mappings that overlap ``ranges``, as smaps counts them.
+
+    Exact where each range is a mapping of its own (see `forbid_huge_pages`); a mapping that reaches beyond its
+    range is counted in the share that overlaps.
+    """
+    wanted = list(ranges)
+    rss = swapped = 0
+    with smaps.open() as lines:
+        for mapping, fields in _smaps_blocks(lines):
+            overlap = sum(max(0, min(mapping.end, w.end) - max(mapping.start, w.start)) for w in wanted)
+            if overlap:
+                rss += fields.get("Rss", 0) * overlap // mapping.n_bytes
+                swapped += fields.get("Swap", 0) * overlap // mapping.n_bytes
+    return rss, swapped
+
+
+def process_rss_bytes() -> int:
+    """Resident set of this process as the kernel counts it (smaps_rollup, else statm)."""
+    try:
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
+def anonymous_mappings(maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
+    """Private, writable ranges of this process without a file behind them, the heap included.
+
+    Neighbouring mappings count as one: one allocation can lie in several that differ in their flags only.
+    """
+    found: list[Mapping] = []
+    for line in maps.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        name = fields[5].strip() if len(fields) == 6 else ""
+        if fields[1].startswith("rw-p") and fields[4] == "0" and not name.startswith(("[stack", "[v")):
+            low, _, high = fields[0].partition("-")
+            start, end = int(low, 16), int(high, 16)
+            if found and found[-1].end == start:
+                start = found.pop().start
+            found.append(Mapping(start, end))
+    return found
+
+
+def search(mapping: Mapping, needle: bytes, chunk_bytes: int = 1 << 23) -> Iterator[int]:
+    """Addresses at which ``needle`` lies in a mapping of this process.
+
+    Reads through /proc/self/mem, so that a mapping which another thread takes away meanwhile ends the search
+    instead of the process.
+    """
+    overlap = len(needle) - 1
+    fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        position = mapping.start
+        while position < mapping.end:
+            try:
+                chunk = os.pread(fd, min(chunk_bytes + overlap, mapping.end - position), position)
+            except OSError:
+                return
+            if not chunk:
+                return
+            at = chunk.find(needle)
+            while at >= 0:
+                if at < chunk_bytes:
+                    yield position + at
+                at = chunk.find(needle, at + 1)
+            position += chunk_bytes
+    finally:
+        os.close(fd)

