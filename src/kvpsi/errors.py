@@ -8,7 +8,8 @@
     │   └── PromptTooLongError the prompt does not fit into the context
     ├── EnvironmentProblem     this machine does not allow it: exit status 1
     │   ├── DownloadError      a model could not be fetched
-    │   └── PressureUnavailableError
+    │   ├── PressureUnavailableError
+    │   └── RebuildError       a context could not be made again, or would not take its saved state
     ├── CacheRefusedError      the allocation gate said no and nothing could be evicted
     └── LayoutError            the KV tensors could not be found or did not verify
 
@@ -48,6 +49,10 @@ class DownloadError(EnvironmentProblem):
 
 class PressureUnavailableError(EnvironmentProblem):
     """No source of memory readings works here, not even the fallback."""
+
+
+class RebuildError(EnvironmentProblem):
+    """A context that was freed to resize it could not be made again, or would not take its own state back."""
 
 
 class CacheRefusedError(KvpsiError):

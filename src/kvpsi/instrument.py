@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any, TextIO
+
+log = logging.getLogger("kvpsi")
 
 
 class Instrument:
@@ -17,12 +21,12 @@ class Instrument:
     """
 
     def event(self, name: str, value: Any) -> None:
-        """Something happened: ``name`` is ``reading``, ``decision``, ``release``, ``trim``, ``interrupt``,
-        ``refusal`` or ``distrust``; ``value`` is the immutable record of it."""
+        """Something happened: ``name`` is ``reading``, ``decision``, ``release``, ``trim``, ``rebuild``,
+        ``interrupt``, ``refusal`` or ``distrust``; ``value`` is the immutable record of it."""
 
 
 class Instruments(Instrument):
-    """Passes every event to several instruments, and survives theirs failing."""
+    """Passes every event to several instruments; one that fails is reported once and keeps nobody from seeing more."""
 
     def __init__(self, instruments: Iterable[Instrument] = ()) -> None:
         self.members = list(instruments)
@@ -34,11 +38,13 @@ class Instruments(Instrument):
             try:
                 member.event(name, value)
             except Exception as error:  # an observer must not stop what it observes
+                if self.last_error is None:
+                    log.warning("An instrument failed, more of it is not reported: %r", error)
                 self.last_error = error
 
 
 class JsonLines(Instrument):
-    """Writes one JSON object a line: ``{"time_s": …, "event": …, …fields of the record}``.
+    """Writes one JSON object a line: ``{"at_s": …, "event": …, …fields of the record}``.
 
     Calm readings are many and say little, so by default only every ``every_reading``-th is written.
     """
@@ -56,7 +62,16 @@ class JsonLines(Instrument):
             if self._readings % self._every:
                 return
         fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {"value": value}  # type: ignore[arg-type]
-        line = json.dumps({"at_s": round(time.time(), 3), "event": name, **fields}, default=str)
+        line = json.dumps(_finite({"at_s": round(time.time(), 3), "event": name, **fields}), default=str)
         with self._lock:
             self._stream.write(line + "\n")
             self._stream.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null where a figure is not finite: JSON has no word for that."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

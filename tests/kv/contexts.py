@@ -44,7 +44,10 @@ class Shape:
 
 
 @contextlib.contextmanager
-def open_context(model: llama_cpp.llama_model_p, shape: Shape) -> Iterator[llama_cpp.llama_context_p]:
+def open_context(
+    model: llama_cpp.llama_model_p, shape: Shape, *, cb_eval: object = None
+) -> Iterator[llama_cpp.llama_context_p]:
+    """A context of that shape; ``cb_eval`` is a `llama_cpp.ggml_backend_sched_eval_callback` to be kept alive."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = shape.n_ctx
     params.n_batch = shape.n_batch
@@ -57,6 +60,8 @@ def open_context(model: llama_cpp.llama_model_p, shape: Shape) -> Iterator[llama
     params.flash_attn_type = (
         llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if shape.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
+    if cb_eval is not None:
+        params.cb_eval = cb_eval
     ctx = llama_cpp.llama_init_from_model(model, params)
     assert ctx is not None
     try:

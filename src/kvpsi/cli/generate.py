@@ -126,8 +126,12 @@ def _size_or_auto(text: str) -> int | None:
 
 def _whole_prompt(prompt: str, file: Path | None) -> str:
     """The document, if any, and the prompt below it."""
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read()
+        prompt.encode("utf-8")  # what was no text comes as lone surrogates, depending on the locale
+    except UnicodeError as error:
+        raise UsageError("The prompt is not UTF-8 text; convert it first, for example with iconv.") from error
     document = _read_document(file) if file is not None else ""
     text = "\n\n".join(part.strip() for part in (document, prompt) if part.strip())
     if not text:

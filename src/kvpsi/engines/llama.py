@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp
 
 from kvpsi.engines.attach import Attachment
-from kvpsi.errors import LayoutError, UsageError
+from kvpsi.engines.caches import MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
+from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.instrument import Instrument, Instruments
-from kvpsi.kv import CacheSettings, ElasticCache, Trim
-from kvpsi.kv.layout import refuse_unsupported, seq_state
+from kvpsi.kv import CacheSettings, GatedCache, Rebuild, Trim
+from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
 from kvpsi.pressure import PressureSource, open_source, open_trigger_from_environment
 
+log = logging.getLogger("kvpsi")
+
 _ONLY_SEQUENCE = 0
+_USES_OF_THE_CONTEXT = ("pooling_type", "get_state_size", "set_n_threads", "reset_timings", "print_timings")
 _registry: weakref.WeakSet[GovernedLlama] = weakref.WeakSet()
 _registry_lock = threading.Lock()
 _default_cache_limit = 1.0
@@ -30,7 +34,10 @@ _default_cache_limit = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What has happened since `govern`, sizes in bytes."""
+    """What has happened since `govern`, sizes in bytes.
+
+    ``mode`` is how memory is given back: page by page while the context lives, or by rebuilding it.
+    """
 
     capacity_bytes: int
     resident_bytes: int
@@ -43,17 +50,18 @@ class Summary:
     stall_s: float
     trusted: bool
     reason: str
+    mode: Literal["pages", "rebuild"]
 
 
 class GovernedLlama:
     """A `llama_cpp.Llama` under a governor; see `govern`. A context manager, undone by `close`."""
 
-    def __init__(self, llm: llama_cpp.Llama, cache: ElasticCache, governor: Governor) -> None:
+    def __init__(self, llm: llama_cpp.Llama, cache: GatedCache, governor: Governor) -> None:
         self.llm = llm
         self.cache = cache
         self.governor = governor
         self._attached = Attachment()
-        self._peak_cells = cache.used_cells
+        self._peak_cells = cache.committed_cells
         self._closed = False
 
     def set_cache_limit(self, share: float) -> None:
@@ -77,18 +85,38 @@ class GovernedLlama:
             stall_s=self.governor.stall_s,
             trusted=cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not started"),
+            mode=cache.mode,
         )
 
     def close(self) -> None:
-        """Stop governing and put the model's own methods back; the model keeps working. May be called twice."""
+        """Stop governing and put the model's own methods back; the model keeps working. May be called twice.
+
+        Raises:
+            RebuildError: the context is being resized and cannot be made; it is still governed, so try again.
+        """
+        self._end(self._restore_capacity)
+
+    def _close_with_model(self) -> None:
+        self._end(lambda: None)
+
+    def _end(self, restore: Callable[[], None]) -> None:
         if self._closed:
             return
-        self._closed = True
         self.governor.stop()
+        restore()
+        self._closed = True
         self._attached.undo()
         self.cache.close()
         with _registry_lock:
             _registry.discard(self)
+
+    def _restore_capacity(self) -> None:
+        """Leave a context as large as it was; if there is no memory for it, a model that knows its smaller size."""
+        self.cache.restore_capacity()
+        held = int(llama_cpp.llama_n_ctx(self.llm.ctx))
+        if held < self.llm._n_ctx:
+            log.warning("kvpsi leaves the model with a context of %d instead of %d tokens.", held, self.llm._n_ctx)
+            self.llm._n_ctx, self.llm.n_batch = held, min(self.llm.n_batch, held)
 
     def __enter__(self) -> GovernedLlama:
         return self
@@ -109,13 +137,24 @@ class GovernedLlama:
         self._attached.replace(context, "kv_cache_seq_keep", self.cache.seq_keep)
         self._attached.replace(context, "kv_cache_seq_shift", self.cache.seq_add)
         self._attached.replace(llm, "generate", self._generate(llm.generate))
-        self._attached.replace(llm, "save_state", self._save_state(llm.save_state))
-        self._attached.replace(llm, "load_state", self._load_state)
-        llm._stack.callback(self.close)
+        self._attached.replace(llm, "save_state", self._exclusively(llm.save_state))
+        self._attached.replace(llm, "load_state", self._exclusively(self._load_state))
+        if self.cache.mode == "rebuild":
+            self._attached.replace(context, "n_ctx", lambda: self.cache.n_cells)
+            for name in _USES_OF_THE_CONTEXT:
+                self._attached.replace(context, name, self._exclusively(getattr(context, name)))
+        llm._stack.callback(self._close_with_model)
+
+    def _exclusively(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self.cache.exclusively():
+                return original(*args, **kwargs)
+
+        return locked
 
     def _decode(self, batch: Any) -> None:
         code = self.cache.decode(batch.batch, divisible=True)
-        self._peak_cells = max(self._peak_cells, self.cache.used_cells)
+        self._peak_cells = max(self._peak_cells, self.cache.committed_cells)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code}")
 
@@ -126,9 +165,13 @@ class GovernedLlama:
         def generate(tokens: Iterable[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
             prompt = list(tokens)
             self._recompute_what_was_forgotten(len(prompt))
-            return original(prompt, *args, **kwargs)
+            return self._during_request(original(prompt, *args, **kwargs))
 
         return generate
+
+    def _during_request(self, tokens: Generator[int, Any, None]) -> Generator[int, Any, None]:
+        with self.cache.request():
+            yield from tokens
 
     def _recompute_what_was_forgotten(self, n_tokens: int) -> None:
         """Before a new prompt reuses the cache: if there is room for all of it, reuse only what has no gaps."""
@@ -136,13 +179,6 @@ class GovernedLlama:
         if gap < self.llm.n_tokens and n_tokens <= self.cache.allowed_cells:
             self.llm.n_tokens = gap
             self.llm._requires_eval = True
-
-    def _save_state(self, original: Callable[[], Any]) -> Callable[[], Any]:
-        def save_state() -> Any:
-            with self.cache.exclusively():
-                return original()
-
-        return save_state
 
     def _load_state(self, state: Any) -> None:
         """`llama_cpp.Llama.load_state`, except that the cache is not filled with zeros first."""
@@ -162,46 +198,24 @@ class GovernedLlama:
 
 
 class _Echo(Instrument):
-    """Tells the governor what a trim gave, wherever it happened."""
+    """Tells the governor what a trim or a rebuild gave, wherever it happened."""
 
     def __init__(self) -> None:
         self.governor: Governor | None = None
 
     def event(self, name: str, value: Any) -> None:
-        if name == "trim" and self.governor is not None and isinstance(value, Trim):
+        if self.governor is None:
+            return
+        if name == "trim" and isinstance(value, Trim):
             self.governor.record_given(value.release.returned_bytes)
+        elif name == "rebuild" and isinstance(value, Rebuild):
+            self.governor.record_given(value.returned_bytes)
 
 
 def _valid_share(share: float) -> float:
     if not 0.0 < share <= 1.0:
         raise UsageError(f"A cache limit of {share} makes no sense; give a share above 0 and at most 1, such as 0.7.")
     return share
-
-
-def _make_elastic(
-    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
-) -> ElasticCache:
-    """An elastic cache for a model that may hold tokens already: they are saved, and restored into it."""
-    ctx = llm.ctx
-    refuse_unsupported(ctx)
-    memory = llama_cpp.llama_get_memory(ctx)
-    held = range(int(llama_cpp.llama_n_seq_max(ctx)))
-    others = [s for s in held if s != _ONLY_SEQUENCE and llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
-    if others:
-        raise LayoutError("The context holds several sequences already; govern it before they are decoded.")
-    in_use = llama_cpp.llama_memory_seq_pos_max(memory, _ONLY_SEQUENCE) >= 0
-    state = seq_state(ctx, _ONLY_SEQUENCE) if in_use else b""
-    try:
-        cache = ElasticCache(ctx, settings=settings, policy=policy, instrument=instrument)
-    except LayoutError:
-        if state:
-            source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-            llama_cpp.llama_state_seq_set_data(ctx, source, len(state), _ONLY_SEQUENCE)
-        raise
-    if state:
-        cache.load_sequence(state, _ONLY_SEQUENCE)
-    llm._requires_eval = True
-    return cache
 
 
 def govern(
@@ -213,12 +227,16 @@ def govern(
     policy: EvictionPolicy | None = None,
     source: PressureSource | None = None,
     instrument: Instrument | None = None,
+    rebuild: bool = True,
 ) -> GovernedLlama:
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
     Unused cache memory goes back to the operating system at once and is taken again as tokens come; when others need
     memory, the oldest tokens between the first ``keep`` and the last ``tail`` are forgotten and their memory goes
     back, too. The model's public methods work as before.
+
+    Where pages cannot be given back (cells on a GPU, an unknown layout, not Linux), the context is saved, freed and
+    made again in another size instead; see `kvpsi.kv.RebuiltCache`. `GovernedLlama.summary` tells which it is.
 
     Args:
         llm: the model; also one that is in use already.
@@ -228,18 +246,44 @@ def govern(
         policy: what is forgotten first (default: the oldest).
         source: where readings come from (default: this machine's kernel).
         instrument: sees every reading, decision and release.
+        rebuild: whether the context may be rebuilt where pages cannot be given back.
 
     Raises:
-        LayoutError: the model's cache is of a kind that pages cannot be returned from; the model is unchanged.
+        LayoutError: the model's cache is of a kind that cannot be resized, or not without rebuilding although
+            ``rebuild`` is False; the model is unchanged.
         UsageError: the model is governed already, or a setting makes no sense.
     """
+    return govern_with(
+        make_elastic_or_rebuilt if rebuild else make_elastic,
+        llm,
+        cache_limit=cache_limit,
+        settings=settings,
+        cache_settings=cache_settings,
+        policy=policy,
+        source=source,
+        instrument=instrument,
+    )
+
+
+def govern_with(
+    make: MakeCache,
+    llm: llama_cpp.Llama,
+    *,
+    cache_limit: float | None = None,
+    settings: LawSettings | None = None,
+    cache_settings: CacheSettings | None = None,
+    policy: EvictionPolicy | None = None,
+    source: PressureSource | None = None,
+    instrument: Instrument | None = None,
+) -> GovernedLlama:
+    """`govern` with a cache of one's own choice, such as `make_rebuilt`."""
     share = _valid_share(cache_limit if cache_limit is not None else _default_cache_limit)
     with _registry_lock:
         if any(g.llm is llm for g in _registry):
             raise UsageError("This model is governed already; close that first or use the object it returned.")
     echo = _Echo()
     instruments = Instruments([echo] if instrument is None else [echo, instrument])
-    cache = _make_elastic(llm, cache_settings, policy, instruments)
+    cache = make_cache(make, llm, cache_settings, policy, instruments)
     weights_bytes = int(llama_cpp.llama_model_size(llm.model))
     readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
     trigger, _ = open_trigger_from_environment()

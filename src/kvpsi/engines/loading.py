@@ -100,7 +100,8 @@ def preview(path: Path, text: str) -> Preview:
         raise ModelFileError(f"llama.cpp cannot read {path} ({error}); fetch the file again or use another.") from error
     with closing(model):
         n_tokens = len(model.tokenize(text.encode("utf-8", "replace"), True, False))
-        return Preview(model.metadata(), int(model.n_ctx_train()), n_tokens)
+        metadata = model.metadata()  # all else that llama.cpp says of a model without its weights is 0
+        return Preview(metadata, _number(metadata, "context_length") or 0, n_tokens)
 
 
 def fitting_context(

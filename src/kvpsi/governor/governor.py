@@ -12,7 +12,7 @@ from kvpsi.pressure import Monitor, PressureSource, Reading, Trigger
 
 
 class Governed(Protocol):
-    """What a governor needs from a cache; `kvpsi.kv.ElasticCache` is one."""
+    """What a governor needs from a cache; `kvpsi.kv.ElasticCache` and `kvpsi.kv.RebuiltCache` are such."""
 
     def status(self) -> CacheStatus:
         """Sizes as of now; callable from any thread."""

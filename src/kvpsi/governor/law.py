@@ -7,6 +7,7 @@ waits for calm, giving is quick (as in Meta's Senpai, https://github.com/faceboo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from kvpsi.errors import UsageError
@@ -72,8 +73,8 @@ class LawSettings:
                 raise UsageError(f"{name} is {value}, but a share lies above 0 and is at most 1.")
         if self.min_step_share > self.max_step_share:
             raise UsageError("min_step_share is above max_step_share; swap them.")
-        if self.lookahead_s < 0 or self.calm_hold_s < 0 or self.echo_s < 0:
-            raise UsageError("A time in the law's settings is negative; use 0 or more seconds.")
+        if not all(0 <= time_s < math.inf for time_s in (self.lookahead_s, self.calm_hold_s, self.echo_s)):
+            raise UsageError("A time in the law's settings is negative or endless; use 0 or more seconds.")
         if self.pressed_chunk_tokens < 1:
             raise UsageError("pressed_chunk_tokens must be at least 1.")
 
@@ -84,8 +85,9 @@ class LawSettings:
         return min(max(limit_bytes // 20, 48 * MIB), 512 * MIB, limit_bytes // 4)
 
     def high_for(self, limit_bytes: int) -> int:
-        """The headroom from which on the cache may grow back."""
-        return self.high_bytes if self.high_bytes is not None else 2 * self.low_for(limit_bytes)
+        """The headroom from which on the cache may grow back, never below the reserve."""
+        low = self.low_for(limit_bytes)
+        return max(low, self.high_bytes) if self.high_bytes is not None else 2 * low
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ class StreamCells:
 
         llama.cpp rotates the keys at the next decode, in all cells, so no byte is predictable afterwards.
         """
-        if shift == 0 or p0 == p1 >= 0:
+        if shift == 0 or max(p0, 0) == p1:
             return np.empty(0, dtype=np.int32)
         moved = np.flatnonzero(self.in_range(p0, p1) & self.owner[:, seq_id])
         self.pos[moved] += shift
@@ -190,7 +190,7 @@ class StreamCells:
 
     def seq_div(self, seq_id: int, p0: int, p1: int, divisor: int) -> None:
         """Divide positions [p0, p1) of a sequence; the head stays."""
-        if divisor == 1 or p0 == p1 >= 0:
+        if divisor == 1 or max(p0, 0) == p1:
             return
         moved = np.flatnonzero(self.in_range(p0, p1) & self.owner[:, seq_id])
         self.pos[moved] //= divisor

@@ -17,7 +17,7 @@ from kvpsi.errors import LayoutError
 from kvpsi.kv import pages
 from kvpsi.kv.statedata import SectionState, TensorRows, parse_state
 
-_TENSOR_ALIGN_BYTES = 32
+TENSOR_ALIGN_BYTES = 32
 _SWA_PAD_CELLS = 256
 
 
@@ -31,12 +31,6 @@ class Plane:
 
     base: int
     bytes_per_cell: int
-
-    def span(self, first_cell: int, end_cell: int) -> pages.Mapping | None:
-        """The whole pages inside cells [first_cell, end_cell)."""
-        return pages.whole_pages(
-            self.base + first_cell * self.bytes_per_cell, self.base + end_cell * self.bytes_per_cell
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +73,7 @@ def seq_state(ctx: llama_cpp.llama_context_p, seq_id: int) -> bytes:
     size = llama_cpp.llama_state_seq_get_size(ctx, seq_id)
     buffer = (ctypes.c_uint8 * size)()
     written = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, seq_id)
-    return bytes(buffer[:written])
+    return ctypes.string_at(buffer, written)
 
 
 def _decode_probe(ctx: llama_cpp.llama_context_p, token: int, seq_id: int) -> None:
@@ -128,7 +122,7 @@ def _tensors(state: SectionState, n_cells: int) -> tuple[list[_Tensor], int]:
                 continue
             found.append(_Tensor(offset, rows))
             size = rows.bytes_per_cell * rows.n_rows * n_cells * state.n_stream
-            offset += -(-size // _TENSOR_ALIGN_BYTES) * _TENSOR_ALIGN_BYTES
+            offset += -(-size // TENSOR_ALIGN_BYTES) * TENSOR_ALIGN_BYTES
     return found, offset
 
 
@@ -205,8 +199,6 @@ def _stream_sizes(ctx: llama_cpp.llama_context_p, n_swa: int) -> list[int]:
 def refuse_unsupported(ctx: llama_cpp.llama_context_p) -> None:
     """Raise LayoutError, in a sentence, for a context whose cache is not made of cells that could be freed."""
     model = llama_cpp.llama_get_model(ctx)
-    if not pages.can_release():
-        raise LayoutError("Pages can be given back on Linux only; here the cache stays as it is.")
     if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
         raise LayoutError("This model keeps a recurrent state instead of a plain KV cache; it is left alone.")
     if not llama_cpp.llama_get_memory(ctx):
@@ -229,6 +221,8 @@ def discover(ctx: llama_cpp.llama_context_p) -> list[Section]:
     Raises:
         LayoutError: the cache is of another kind, not in host memory, or did not verify.
     """
+    if not pages.can_release():
+        raise LayoutError("Pages can be given back on Linux only; here the cache stays as it is.")
     refuse_unsupported(ctx)
     model = llama_cpp.llama_get_model(ctx)
     n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))

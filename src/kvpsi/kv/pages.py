@@ -17,6 +17,8 @@ PAGE_BYTES = mmap.PAGESIZE
 
 _MADV_DONTNEED = 4
 _MADV_NOHUGEPAGE = 15
+_MADV_DONTDUMP = 16
+_MADV_DODUMP = 17
 
 _libc = ctypes.CDLL(None, use_errno=True)
 if sys.platform == "linux":
@@ -62,12 +64,25 @@ def release(pages: Mapping) -> None:
         raise OSError(err, os.strerror(err))
 
 
-def forbid_huge_pages(pages: Mapping) -> bool:
-    """Keep transparent huge pages out of a range, as one would refill the holes around each byte touched.
+def trim_heap() -> None:
+    """Have the C library give back what was freed on its heap (glibc's malloc_trim(3); elsewhere nothing)."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
-    The flag also makes the range a mapping of its own, so that smaps counts it alone.
-    """
+
+def forbid_huge_pages(pages: Mapping) -> bool:
+    """Keep transparent huge pages out of a range, as one would refill the holes around each byte touched."""
     return bool(_madvise(pages.start, pages.n_bytes, _MADV_NOHUGEPAGE) == 0)
+
+
+def set_apart(pages: Mapping, apart: bool = True) -> bool:
+    """Make a range a mapping of its own, so that smaps counts it alone, or let it join its neighbours again.
+
+    Its contents stay out of core dumps meanwhile; that is the flag which is used, as nobody else sets it and, unlike
+    the one against huge pages, it can be taken back before the memory is used for something else.
+    """
+    return bool(_madvise(pages.start, pages.n_bytes, _MADV_DONTDUMP if apart else _MADV_DODUMP) == 0)
 
 
 def present_bytes(pages: Mapping) -> int:
@@ -100,7 +115,7 @@ def _smaps_blocks(text: Iterable[str]) -> Iterator[tuple[Mapping, dict[str, int]
 def resident_bytes(ranges: Iterable[Mapping], smaps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
     """Resident and swapped bytes of the mappings that overlap ``ranges``, as smaps counts them.
 
-    Exact where each range is a mapping of its own (see `forbid_huge_pages`); a mapping that reaches beyond its
+    Exact where each range is a mapping of its own (see `set_apart`); a mapping that reaches beyond its
     range is counted in the share that overlaps.
     """
     wanted = list(ranges)

@@ -13,6 +13,7 @@ from kvpsi.errors import LayoutError
 
 HEADER_BYTES = 8
 _EXT_BYTES = (0, 12)
+_MAX_POS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ def parse_cells(cursor: _Cursor, count: int, ext: int) -> tuple[list[int], list[
     owners: list[tuple[int, ...]] = []
     for _ in range(count):
         positions.append(cursor.u32())
+        if positions[-1] > _MAX_POS:
+            raise LayoutError("The saved state of the context has a cell with a negative position.")
         n_seq = cursor.u32()
         if n_seq > 256:
             raise LayoutError("The saved state of the context names more sequences than llama.cpp allows.")

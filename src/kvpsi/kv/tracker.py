@@ -12,7 +12,7 @@ import numpy as np
 
 from kvpsi.kv import pages
 from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
-from kvpsi.kv.layout import Section
+from kvpsi.kv.layout import TENSOR_ALIGN_BYTES, Section
 from kvpsi.kv.ubatch import Index, Tokens
 
 Micro = Sequence[Sequence[Index]]
@@ -59,6 +59,7 @@ class SectionTracker:
         inner = pages.whole_pages(section.extent.start, section.extent.end)
         self.inner = inner if inner is not None else pages.Mapping(section.extent.start, section.extent.start)
         pages.forbid_huge_pages(self.inner)
+        pages.set_apart(self.inner)
 
     # -- predicting ----------------------------------------------------------------------------------------------
 
@@ -68,7 +69,10 @@ class SectionTracker:
         plan = []
         for groups in micro:
             placements = []
-            for index in groups:
+            # unified cells are searched once for the whole micro-batch, streams once for each group
+            for index in groups if mirror.n_stream > 1 else [np.concatenate(groups)]:
+                if not len(index):
+                    continue
                 stream = 0 if mirror.n_stream == 1 else tokens.seqs[index[0]][0]
                 cells = mirror.streams[stream].find(len(index))
                 if cells is None:
@@ -150,19 +154,33 @@ class SectionTracker:
         """
         started = time.perf_counter()
         requested = returned = 0
+        ranges: list[tuple[int, int, bool]] = []
         for touched, cells, planes in zip(self.touched, self.mirror.streams, self.section.planes, strict=True):
             free = cells.free()
             slack = touched & free
-            if not slack.any():
-                continue
             requested += int(slack.sum()) * self.section.bytes_per_cell
             for first, end in runs(free):
-                if not slack[first:end].any():
-                    continue
-                for plane in planes:
-                    span = plane.span(first, end)
-                    if span is not None:
-                        returned += pages.present_bytes(span)
-                        pages.release(span)
-            touched[free] = False
+                is_slack = bool(slack[first:end].any())
+                ranges += [
+                    (p.base + first * p.bytes_per_cell, p.base + end * p.bytes_per_cell, is_slack) for p in planes
+                ]
+        for start, stop in _joined(ranges) if requested else []:
+            span = pages.whole_pages(start, stop)
+            if span is not None:
+                returned += pages.present_bytes(span)
+                pages.release(span)
+        for touched, cells in zip(self.touched, self.mirror.streams, strict=True):
+            touched[cells.free()] = False
         return Release(requested, returned, time.perf_counter() - started)
+
+
+def _joined(ranges: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+    """Free byte ranges with those that touch made one, so that the page on the border goes, too; only where some of
+    it is slack. What lies between two tensors is padding."""
+    found: list[tuple[int, int, bool]] = []
+    for start, end, is_slack in sorted(ranges):
+        if found and start - found[-1][1] < TENSOR_ALIGN_BYTES:
+            first, _, before = found.pop()
+            start, is_slack = first, is_slack or before
+        found.append((start, end, is_slack))
+    return [(start, end) for start, end, is_slack in found if is_slack]

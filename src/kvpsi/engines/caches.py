@@ -1,0 +1,93 @@
+"""Gives a model's context its cache: pages where they can be given back, else by rebuilding."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+
+import llama_cpp
+
+from kvpsi.errors import LayoutError
+from kvpsi.instrument import Instrument
+from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuiltCache
+from kvpsi.kv.layout import refuse_unsupported, seq_state
+from kvpsi.kv.policies import EvictionPolicy, Streaming
+
+log = logging.getLogger("kvpsi")
+
+_ONLY_SEQUENCE = 0
+
+MakeCache = Callable[[llama_cpp.Llama, CacheSettings | None, EvictionPolicy | None, Instrument], GatedCache]
+"""How the context of a model, emptied before, gets its cache; raises LayoutError where that cannot be."""
+
+
+def make_elastic(
+    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
+) -> GatedCache:
+    """A cache that gives back pages."""
+    return ElasticCache(llm.ctx, settings=settings, policy=policy, instrument=instrument)
+
+
+def make_rebuilt(
+    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
+) -> GatedCache:
+    """A cache that is resized by rebuilding the context; it knows no policy but the default."""
+    if policy is not None and not isinstance(policy, Streaming):
+        log.warning("kvpsi forgets the oldest tokens first where the context is rebuilt; the policy is not used.")
+
+    def equip(ctx: llama_cpp.llama_context_p) -> bool:
+        if llm._lora_adapter is None:
+            return True
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
+        return bool(llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale)) == 0)
+
+    def on_rebuilt(kept: bool) -> None:
+        llm._requires_eval = True
+        if not kept:
+            llm.n_tokens = 0
+
+    return RebuiltCache(llm._ctx, settings=settings, instrument=instrument, equip=equip, on_rebuilt=on_rebuilt)
+
+
+def make_elastic_or_rebuilt(
+    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
+) -> GatedCache:
+    """Pages where they can be given back, else rebuilding."""
+    try:
+        return make_elastic(llm, settings, policy, instrument)
+    except LayoutError as error:
+        log.warning("kvpsi resizes this cache by rebuilding the context, as its pages cannot be given back: %s", error)
+        return make_rebuilt(llm, settings, policy, instrument)
+
+
+def make_cache(
+    make: MakeCache,
+    llm: llama_cpp.Llama,
+    settings: CacheSettings | None,
+    policy: EvictionPolicy | None,
+    instrument: Instrument,
+) -> GatedCache:
+    """The cache of a model that may hold tokens already: they are saved, and restored into it."""
+    ctx = llm.ctx
+    refuse_unsupported(ctx)
+    memory = llama_cpp.llama_get_memory(ctx)
+    held = range(int(llama_cpp.llama_n_seq_max(ctx)))
+    others = [s for s in held if s != _ONLY_SEQUENCE and llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
+    if others:
+        raise LayoutError("The context holds several sequences already; govern it before they are decoded.")
+    in_use = llama_cpp.llama_memory_seq_pos_max(memory, _ONLY_SEQUENCE) >= 0
+    state = seq_state(ctx, _ONLY_SEQUENCE) if in_use else b""
+    llama_cpp.llama_memory_clear(memory, False)
+    try:
+        cache = make(llm, settings, policy, instrument)
+    except LayoutError:
+        llm._requires_eval = True
+        if state:
+            source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+            llama_cpp.llama_state_seq_set_data(ctx, source, len(state), _ONLY_SEQUENCE)
+        raise
+    if state:
+        cache.load_sequence(state, _ONLY_SEQUENCE)
+    llm._requires_eval = True
+    return cache

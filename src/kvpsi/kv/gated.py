@@ -1,0 +1,350 @@
+"""What all governed caches share: the allocation gate, decoding in pieces, interrupting, and who may act when."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Concatenate, Literal, ParamSpec, TypeVar
+
+import llama_cpp
+
+from kvpsi.errors import CacheRefusedError, UsageError
+from kvpsi.governor.law import CacheStatus
+from kvpsi.instrument import Instrument
+from kvpsi.kv.tracker import Release
+from kvpsi.kv.ubatch import Tokens, read_batch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound="GatedCache")
+
+DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED, DECODE_INVALID = 0, 1, 2, -1
+
+
+def exclusive(operation: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """Keep a governor's thread out while the operation runs."""
+
+    @functools.wraps(operation)
+    def locked(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._busy:
+            return operation(self, *args, **kwargs)
+
+    return locked
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """What eviction must leave alone, and how large its steps are.
+
+    Attributes:
+        keep: first tokens of each sequence that always stay (attention sinks), in tokens.
+        tail: last tokens of each sequence that always stay, in tokens.
+        min_prune: least tokens that one eviction takes, so that whole pages become free.
+    """
+
+    keep: int = 16
+    tail: int = 256
+    min_prune: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "tail", "min_prune"):
+            value = getattr(self, name)
+            if value < 0:
+                raise UsageError(f"{name} is {value}, but a number of tokens cannot be negative; use 0 or more.")
+        if self.min_prune == 0:
+            raise UsageError("min_prune is 0, but an eviction has to take at least one token; use 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """What an eviction did: cells asked for, cells that became free, and the memory that went back."""
+
+    requested_cells: int
+    freed_cells: int
+    release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Positions [first_pos, end_pos) that sequence ``seq_id`` lost to an eviction."""
+
+    seq_id: int
+    first_pos: int
+    end_pos: int
+
+
+class GatedCache(ABC):
+    """Base of the caches that a governor can shrink.
+
+    ``mode`` tells how memory is given back. A subclass knows its ``n_cells`` before it calls ``__init__``, and sets
+    ``_n_ubatch``, the most tokens that llama.cpp computes at once.
+    """
+
+    mode: ClassVar[Literal["pages", "rebuild"]]
+    _n_ubatch: int
+
+    def __init__(
+        self,
+        settings: CacheSettings | None,
+        instrument: Instrument | None,
+        on_forgotten: Callable[[Forgotten], None] | None,
+    ) -> None:
+        self.settings = settings or CacheSettings()
+        self.instrument = instrument or Instrument()
+        self.on_forgotten = on_forgotten
+        self.distrust_reason: str | None = None
+        self.max_chunk_tokens: int | None = None
+        self._abort = ctypes.create_string_buffer(2)
+        self._abort_lock = threading.Lock()
+        self._busy = threading.RLock()
+        self._interruptible = False
+        self.releases = 0
+        self.trims = 0
+        self.interrupts = 0
+        self.returned_bytes = 0
+        self.limit_cells = self.cap_cells = self.n_cells
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def n_cells(self) -> int:
+        """Cells that the cache may have at most."""
+
+    @property
+    @abstractmethod
+    def used_cells(self) -> int:
+        """Cells that hold a token."""
+
+    @property
+    @abstractmethod
+    def committed_cells(self) -> int:
+        """Cells whose memory is not available to others."""
+
+    @property
+    @abstractmethod
+    def bytes_per_cell(self) -> int:
+        """Bytes that one more cell costs, K and V of all layers."""
+
+    @property
+    @abstractmethod
+    def capacity_bytes(self) -> int:
+        """Size of the whole cache, which stock llama.cpp keeps committed."""
+
+    @property
+    @abstractmethod
+    def floor_cells(self) -> int:
+        """Below this the cache cannot shrink."""
+
+    @abstractmethod
+    def resident_bytes(self) -> int:
+        """Bytes of the cache that are in memory."""
+
+    @abstractmethod
+    def first_gap(self, seq_id: int) -> int:
+        """First position that a sequence has lost (or not reached yet): what is before it is complete."""
+
+    @property
+    def allowed_cells(self) -> int:
+        """How many cells may hold a token now: the tighter of gate and user's limit, never below the floor."""
+        return max(min(self.limit_cells, self.cap_cells), self.floor_cells)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether what is known of the cache was right so far; if not, it gives nothing until it is cleared."""
+        return self.distrust_reason is None
+
+    # -- what a governor needs, from any thread -------------------------------------------------------------------
+
+    @abstractmethod
+    def status(self) -> CacheStatus:
+        """Capacity, bytes in use and floor, for the control law."""
+
+    @abstractmethod
+    def give_now(self) -> int | None:
+        """Shrink to the limit if the engine is idle; the bytes given, None if it is busy."""
+
+    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
+        """Set the allocation gate, and how long a piece of prefill may be."""
+        self.limit_cells = min(self.n_cells, limit_bytes // self.bytes_per_cell)
+        self.max_chunk_tokens = chunk_tokens
+
+    def interrupt(self) -> bool:
+        """Stop a running prefill within milliseconds so that room is made first; callable from any thread.
+
+        Returns whether there was something to stop. Single tokens and batches with several outputs are let finish.
+        """
+        with self._abort_lock:
+            if self._interruptible:
+                self._abort[0] = b"\1"
+            return self._interruptible
+
+    # -- who may act when ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Keep a governor's thread out for a while, as all operations of this object do."""
+        with self._busy:
+            yield
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Lasts as long as somebody samples from the context between decodes."""
+        yield
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    @exclusive
+    def decode(self, batch: llama_cpp.llama_batch, *, divisible: bool = False) -> int:
+        """`llama_decode`, through the allocation gate.
+
+        Args:
+            divisible: the caller reads only the logits of the last token, by index -1. Then the batch may be cut into
+                pieces, and be interrupted to make room and go on.
+
+        Returns:
+            llama_decode's code.
+
+        Raises:
+            CacheRefusedError: no room below ``limit_cells`` and nothing left to evict.
+        """
+        tokens = read_batch(batch, self._next_pos(batch))
+        divisible = divisible and len(tokens) > 1 and tokens.n_outputs <= 1 and not batch.embd
+        start = 0
+        while start < len(tokens):
+            self._resize_if_due()
+            size = len(tokens) - start
+            if divisible:
+                size = min(size, self._most_at_once())
+            whole = size == len(tokens)
+            piece = tokens if whole else _piece(tokens, start, size)
+            self._make_room(size)
+            code = self._decode_piece(batch if whole else _slice(batch, start, size), piece, divisible)
+            if code == DECODE_ABORTED and divisible:
+                self.interrupts += 1
+                self.instrument.event("interrupt", {"tokens": size})
+                continue
+            if code != DECODE_OK:
+                return code
+            start += size
+        return DECODE_OK
+
+    @abstractmethod
+    def _next_pos(self, batch: llama_cpp.llama_batch) -> int:
+        """Where a batch without positions goes on."""
+
+    @abstractmethod
+    def _make_room(self, n_tokens: int) -> None:
+        """Have room for so many tokens more below the gate, or raise CacheRefusedError."""
+
+    @abstractmethod
+    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
+        """Decode and take note of what it did to the cells; llama_decode's code."""
+
+    def _resize_if_due(self) -> None:  # noqa: B027 - most caches have no size of their own
+        """Follow the gate where that takes more than evicting."""
+
+    def _most_at_once(self) -> int:
+        """Most tokens of a piece: what llama.cpp computes at once, and under a limit what evicting can make room for."""
+        most = min(self.max_chunk_tokens or self._n_ubatch, self._n_ubatch)
+        if self.allowed_cells < self.n_cells:
+            most = min(most, self.allowed_cells - min(self.used_cells, self._protected_cells))
+        return max(1, most)
+
+    @property
+    def _protected_cells(self) -> int:
+        """Most tokens of one sequence that an eviction leaves alone."""
+        return self.settings.keep + self.settings.tail
+
+    def _refuse(self, n_tokens: int, short_cells: int) -> CacheRefusedError:
+        self.instrument.event("refusal", {"wanted_cells": n_tokens, "limit_cells": self.limit_cells})
+        return CacheRefusedError(
+            f"{n_tokens} more tokens need {short_cells} cells more than the limit of "
+            f"{self.limit_cells} leaves after evicting what may go; raise the limit, or lower keep and tail."
+        )
+
+    # -- interrupting --------------------------------------------------------------------------------------------
+
+    def _install_abort(self, ctx: llama_cpp.llama_context_p) -> None:
+        # libc's strlen of a two-byte buffer: 0 while its first byte is 0. A C function costs nothing per graph
+        # node, a Python one would cost as much as the node itself.
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        self._abort_callback = strlen
+        llama_cpp.llama_set_abort_callback(ctx, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
+
+    def _remove_abort(self, ctx: llama_cpp.llama_context_p) -> None:
+        self._abort[0] = b"\0"
+        llama_cpp.llama_set_abort_callback(ctx, llama_cpp.ggml_abort_callback(0), None)
+
+    @contextlib.contextmanager
+    def _interruptibly(self, allowed: bool) -> Iterator[None]:
+        with self._abort_lock:
+            self._interruptible = allowed
+        try:
+            yield
+        finally:
+            with self._abort_lock:
+                self._interruptible = False
+                self._abort[0] = b"\0"
+
+    # -- the same operations as llama.cpp's ----------------------------------------------------------------------
+
+    @abstractmethod
+    def clear(self) -> None:
+        """`llama_memory_clear`."""
+
+    @abstractmethod
+    def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """`llama_memory_seq_rm`."""
+
+    @abstractmethod
+    def seq_keep(self, seq_id: int) -> None:
+        """`llama_memory_seq_keep`."""
+
+    @abstractmethod
+    def seq_cp(self, src: int, dst: int, p0: int, p1: int) -> None:
+        """`llama_memory_seq_cp`."""
+
+    @abstractmethod
+    def seq_add(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
+        """`llama_memory_seq_add`."""
+
+    @abstractmethod
+    def load_sequence(self, state: bytes, seq_id: int) -> bool:
+        """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it."""
+
+    @abstractmethod
+    def evict(self, n_cells: int) -> Trim:
+        """Forget at least ``n_cells`` cells, fewer if not so many may go."""
+
+    @abstractmethod
+    def restore_capacity(self) -> None:
+        """Give the context the size back that it had before it was governed, as far as that is possible."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take the abort callback away; the context stays as it is and may be used without kvpsi."""
+
+
+def _piece(tokens: Tokens, start: int, size: int) -> Tokens:
+    end = start + size
+    outputs = tokens.n_outputs if end == len(tokens) else 0
+    return Tokens(tokens.token[start:end], tokens.pos[start:end], tokens.seqs[start:end], outputs)
+
+
+def _slice(batch: llama_cpp.llama_batch, start: int, size: int) -> llama_cpp.llama_batch:
+    """The same arrays, seen from token ``start`` on; the original batch must stay alive meanwhile."""
+    part = llama_cpp.llama_batch()
+    part.n_tokens = size
+    for name in ("token", "pos", "n_seq_id", "seq_id", "logits"):
+        pointer = getattr(batch, name)
+        if pointer:
+            item = ctypes.sizeof(pointer._type_)
+            address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+            setattr(part, name, ctypes.cast(address + start * item, type(pointer)))
+    return part

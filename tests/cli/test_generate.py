@@ -1,0 +1,256 @@
+"""``kvpsi generate`` as a user runs it: a process of its own, with a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.gguf_files import write_gguf
+
+pytestmark = pytest.mark.engine
+
+KVPSI = [sys.executable, "-m", "kvpsi"]
+SHORT = ["-n", "6", "-c", "512", "-t", "1"]
+
+
+def generate(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [*KVPSI, "generate", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    """One sentence on standard error that says what is wrong, nothing on standard output."""
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("kvpsi: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "Internal error" not in done.stderr
+    assert done.stderr.rstrip().endswith((".", "?", "'")), done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+# -- a good run ------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_document_and_the_text_is_that_of_a_plain_run(default_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    prompt = "What is the capital of France?"
+    done = generate(prompt, "-m", str(default_model), *SHORT, "--json", "--log", str(log))
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document) == {
+        "text",
+        "prompt_tokens",
+        "generated_tokens",
+        "prompt_seconds",
+        "generate_seconds",
+        "cache",
+        "line",
+    }
+    assert document["text"].strip()
+    assert 10 < document["prompt_tokens"] < 80
+    assert 1 <= document["generated_tokens"] <= 6
+    assert document["prompt_seconds"] > 0 and document["generate_seconds"] > 0
+    cache = document["cache"]
+    assert cache["trusted"] and cache["mode"] == "pages" and cache["capacity_bytes"] == 512 * 30 * 2 * 384
+    assert 0 < cache["resident_bytes"] <= cache["peak_resident_bytes"] < cache["capacity_bytes"]
+    assert cache["returned_bytes"] > 0 and cache["releases"] >= 1 and cache["trims"] == 0
+    assert "KV resident" in document["line"] and done.stderr.count("KV resident") == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"decision"} <= {e["event"] for e in events} <= {"decision", "reading", "release", "trim", "interrupt"}
+    assert all({"at_s", "event"} <= set(e) for e in events)
+
+    plain = generate(prompt, "-m", str(default_model), *SHORT)
+    assert plain.returncode == 0
+    assert plain.stdout.strip() == document["text"].strip()
+    assert plain.stdout.endswith("\n")
+    last = plain.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("kvpsi: ") and "tok/s" in last and "KV resident" in last and "trims" in last
+
+    stock = generate(prompt, "-m", str(default_model), *SHORT, "--no-govern")
+    assert stock.returncode == 0
+    assert stock.stdout == plain.stdout, "governing changes no word"
+    assert stock.stderr.rstrip().endswith("not governed")
+
+
+def test_a_prompt_from_standard_input_below_a_file(default_model: Path, tmp_path: Path) -> None:
+    document = tmp_path / "text.txt"
+    document.write_text("Der Himmel über Köln ist grün.\n", encoding="utf-8")
+    done = generate(
+        "-", "-f", str(document), "-m", str(default_model), *SHORT, "--json", "--cache-limit", "70%", input="Why?"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt_tokens"] > 15
+
+
+# -- what a user gets wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_model_is_refused(default_model: Path, tmp_path: Path) -> None:
+    with default_model.open("rb") as whole:
+        start = whole.read(8 << 20)
+    for name, data in (("half.gguf", start), ("header.gguf", start[:1000]), ("four.gguf", start[:4])):
+        (tmp_path / name).write_bytes(data)
+        assert_refused(generate("Hello", "-m", str(tmp_path / name), *SHORT), 2, name)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("not a model at all, but long enough to look at" * 10)
+    assert_refused(generate("Hello", "-m", str(tmp_path / "text.gguf"), *SHORT), 2, "text.gguf")
+    assert_refused(generate("Hello", "-m", str(tmp_path / "missing.gguf"), *SHORT), 2, "missing.gguf")
+    assert_refused(generate("Hello", "-m", str(tmp_path), *SHORT), 2)
+    (tmp_path / "empty.gguf").touch()
+    assert_refused(generate("Hello", "-m", str(tmp_path / "empty.gguf"), *SHORT), 2, "empty.gguf")
+
+
+def test_a_gguf_file_without_weights_is_refused(tmp_path: Path) -> None:
+    assert_refused(generate("Hello", "-m", str(write_gguf(tmp_path / "hollow.gguf")), *SHORT), 2, "hollow.gguf")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(default_model: Path) -> None:
+    done = generate("word " * 300, "-m", str(default_model), "-c", "256", "-n", "8", "-t", "1")
+    assert_refused(done, 2, "-c 256", "8 to generate")
+
+
+def test_a_prompt_longer_than_the_model_was_trained_for_is_refused(default_model: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 9000)
+    assert_refused(generate("Sum up", "-f", str(long), "-m", str(default_model), "-t", "1", "-n", "1"), 2, "8192")
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["-c", "-1"], "-1"),
+        (["-c", "99999999999"], "99999999999"),
+        (["-c", "many"], "--ctx"),
+        (["-n", "0"], "0 tokens"),
+        (["-n", "-5"], "-5"),
+        (["-n", "99999999"], "99999999"),
+        (["-t", "-1"], "-1"),
+        (["-t", "100000"], "100000"),
+        (["--temp", "-1"], "-1"),
+        (["--temp", "nan"], "nan"),
+        (["--kv-type", "f64"], "f64"),
+        (["--keep", "-1"], "keep"),
+        (["--tail", "-1"], "tail"),
+        (["--min-prune", "0"], "min_prune"),
+        (["--cache-limit", "0"], "'0'"),
+        (["--cache-limit", "150%"], "150%"),
+        (["--cache-limit", "lots"], "lots"),
+        (["--reserve", "-5M"], "-5M"),
+        (["--reserve", "much"], "much"),
+        (["--reserve", "2G", "--regrow-above", "1G"], "high_bytes"),
+        (["--regrow-above", "9999999T"], "9999999T"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str], args: list[str], word: str) -> None:
+    from kvpsi.cli.main import main
+
+    assert main(["generate", "Hello", "-m", "/nowhere/model.gguf", *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kvpsi: ") and captured.err.count("\n") == 1
+    assert word in captured.err and "/nowhere" not in captured.err
+
+
+def test_files_that_cannot_be_used_are_refused(default_model: Path, tmp_path: Path) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Köln".encode("latin-1"))
+    assert_refused(generate("Hello", "-f", str(latin), "-m", str(default_model), *SHORT), 2, "UTF-8", "latin.txt")
+    assert_refused(generate("Hello", "-f", str(tmp_path / "none.txt"), "-m", str(default_model)), 1, "none.txt")
+    assert_refused(generate("Hello", "-f", str(tmp_path), "-m", str(default_model)), 1)
+    huge = tmp_path / "huge.txt"
+    with huge.open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    assert_refused(generate("Hello", "-f", str(huge), "-m", str(default_model)), 2, "larger than")
+    log = tmp_path / "no such folder" / "log.jsonl"
+    assert_refused(generate("Hello", "-m", str(default_model), *SHORT, "--log", str(log)), 2, "log.jsonl")
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n"])
+def test_nothing_to_answer_is_refused(default_model: Path, prompt: str) -> None:
+    assert_refused(generate(prompt, "-m", str(default_model)), 2, "nothing to answer")
+
+
+def test_standard_input_that_is_no_text_is_refused(default_model: Path) -> None:
+    command = [*KVPSI, "generate", "-", "-m", str(default_model), *SHORT]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    done = subprocess.run(command, input=b"K\xf6ln \xff\xfe", capture_output=True, timeout=90, env=environment)
+    assert done.returncode in (1, 2), done.stderr
+    assert b"Traceback" not in done.stderr and b"Internal error" not in done.stderr
+    assert done.stderr.startswith(b"kvpsi: ") and done.stderr.count(b"\n") == 1
+
+
+def test_a_context_that_no_memory_is_left_for_is_refused(default_model: Path) -> None:
+    done = generate("Hello", "-m", str(default_model), "-n", "8", "-t", "1", "--reserve", "1000T")
+    assert_refused(done, 1, "can be spared")
+
+
+# -- being stopped ---------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_generating_is_quiet_and_130(default_model: Path) -> None:
+    prompt = "Tell me a very long story about a lighthouse and the sea."
+    command = [*KVPSI, "generate", prompt, "-m", str(default_model), "-n", "2000", "-c", "4096", "-t", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.read(1), process.communicate()[1]
+        os.kill(process.pid, signal.SIGINT)
+        started = time.monotonic()
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert time.monotonic() - started < 10
+    assert b"Traceback" not in stderr and b"Error" not in stderr
+
+
+def test_ctrl_c_while_the_prompt_is_read_is_quiet_and_130(default_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("The keeper wrote in his book what he had seen. " * 300)
+    log = tmp_path / "log.jsonl"
+    command = [*KVPSI, "generate", "Go on", "-f", str(text), "-m", str(default_model), "-t", "1", "--log", str(log)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert stdout == b""
+    assert b"Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback(default_model: Path) -> None:
+    words = [*KVPSI, "generate", "Count to one hundred.", "-m", str(default_model), "-n", "40", "-c", "512", "-t", "1"]
+    command = f"{shlex.join(words)} | head -c 5; status=${{PIPESTATUS[0]}}; echo; echo $status"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=90)
+    head, status = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    assert len(head) <= 5 and status in ("1", "141")
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr and "Error" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_line(default_model: Path) -> None:
+    command = [*KVPSI, "generate", "Hello", "-m", str(default_model), *SHORT]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "kvpsi: Could not read or write its output: No space left on device."
+    )
+    assert "Traceback" not in done.stderr
