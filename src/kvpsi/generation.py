@@ -21,12 +21,15 @@ class Sampling:
     n_predict: int = 256
     temperature: float = 0.0
     seed: int = 0
+    repeat_penalty: float = 1.1
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_predict <= 1 << 20:
             raise UsageError(f"{self.n_predict} tokens to generate make no sense; give at least 1 with -n.")
         if not 0.0 <= self.temperature <= 10.0:
             raise UsageError(f"A temperature of {self.temperature} makes no sense; give 0 to 10 with --temp.")
+        if not 0.0 < self.repeat_penalty <= 10.0:
+            raise UsageError(f"A repeat penalty of {self.repeat_penalty} makes no sense; 1 is none, 1.1 is usual.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Answer:
                 max_tokens=s.n_predict,
                 temperature=s.temperature,
                 seed=s.seed,
+                repeat_penalty=s.repeat_penalty,
                 stream=True,
             )
             for chunk in chunks:

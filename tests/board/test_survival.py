@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.board import forget_cached_pages, open_board, wait_for
 from support.pressure_machine import PressureMachine
 
@@ -47,7 +48,7 @@ def test_stock_is_killed(pressure_machine: PressureMachine, tmp_path: Path, defa
 def test_governed_lives_and_so_does_the_neighbour(
     pressure_machine: PressureMachine, tmp_path: Path, default_model: Path, mib_per_s: float, wait: str
 ) -> None:
-    """The neighbour starts while the prompt is read, or while the answer is written; both fit only if the cache shrinks."""
+    """It starts while the prompt is read, or while the answer is written; both fit only if the cache shrinks."""
     code, hog_code, kills, report = play(
         pressure_machine, tmp_path, default_model, "governed", wait=wait, mib=400, mib_per_s=mib_per_s
     )

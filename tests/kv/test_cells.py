@@ -295,7 +295,7 @@ class WindowStreamsMachine(MirrorMachine):
 @pytest.mark.parametrize("machine", [MirrorMachine, StreamsMachine, WindowMachine, WindowStreamsMachine])
 def test_the_mirror_follows_llama_cpp(machine: type[MirrorMachine]) -> None:
     case = machine.TestCase
-    case.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+    case.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
     case("runTest").debug()
 
 

@@ -236,7 +236,7 @@ def test_every_predicted_cell_is_the_one_that_llama_cpp_wrote(
             truth.take(layer)  # what was probed
         memory = llama_cpp.llama_get_memory(cache.ctx)
         cells = 0
-        for step in range(60 if which == "default" else 24):
+        for step in range(36 if which == "default" else 14):
             action = rng.random()
             seq_id = rng.randrange(shape.n_seq)
             if action < 0.12:
@@ -269,7 +269,7 @@ def test_every_predicted_cell_is_the_one_that_llama_cpp_wrote(
                 assert mine == real, f"step {step}, layer {layer}"
                 cells += sum(map(len, real))
                 mine.clear()
-        assert cells > 800
+        assert cells > 400
 
 
 def test_a_window_is_really_overwritten_in_the_test_above(gemma: llama_cpp.llama_model_p) -> None:
@@ -465,7 +465,7 @@ def test_a_governors_thread_may_act_at_any_time(model: llama_cpp.llama_model_p) 
                     cells = rng.randrange(0, cache.n_cells + 1)
                     cache.set_limit(cells * cache.bytes_per_cell, rng.choice([None, 8, 16, 64]))
                     cache.status()
-                    if cache.give_now() is None and rng.random() < 0.3:
+                    if cache.give_now() is None and rng.random() < 0.05:
                         cache.interrupt()
                     time.sleep(0.01)
             except BaseException as error:
@@ -475,7 +475,7 @@ def test_a_governors_thread_may_act_at_any_time(model: llama_cpp.llama_model_p) 
         thread.start()
         pos = 0
         try:
-            for count in (60, 1, 100, 1, 90, 1, 60):
+            for count in (60, 1, 60, 1, 60, 1, 30):
                 assert decode(cache, text(count, pos), divisible=True) == 0
                 pos += count
         finally:

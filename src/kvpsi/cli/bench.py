@@ -31,7 +31,9 @@ def elastic(
 ) -> None:
     """Stock llama-cpp-python beside the elastic cache: idle memory, decode speed, trims, the same logits."""
     from kvpsi.bench import elastic as bench
+    from kvpsi.engines.loading import show_errors_only
 
+    show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     plan = bench.Plan(path, n_ctx=ctx, n_threads=threads, kv_type=kv_type, rounds=rounds)

@@ -32,6 +32,7 @@ def generate(
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the cache: f16 or q8_0.")] = "f16",
     temperature: Annotated[float, typer.Option("--temp", help="Temperature, 0: the likeliest words.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed for a temperature above 0.")] = 0,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1: none.")] = 1.1,
     keep: Annotated[int, typer.Option("--keep", help="First tokens that are never forgotten.")] = 16,
     tail: Annotated[int, typer.Option("--tail", help="Last tokens that are never forgotten.")] = 256,
     min_prune: Annotated[int, typer.Option("--min-prune", help="Least tokens forgotten at once.")] = 64,
@@ -43,19 +44,20 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a prompt, and print one line about speed and memory afterwards (on standard error)."""
-    from kvpsi.engines.loading import LoadSettings, fitting_context, open_llama, preview
+    from kvpsi.engines.loading import LoadSettings, fitting_context, open_llama, preview, show_errors_only
     from kvpsi.generation import Answer, Sampling
     from kvpsi.governor import LawSettings
     from kvpsi.kv import CacheSettings
     from kvpsi.pressure import open_source
 
     load = LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type)
-    sampling = Sampling(n_predict=n_predict, temperature=temperature, seed=seed)
+    sampling = Sampling(n_predict, temperature, seed, repeat_penalty)
     cache = CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
     law = LawSettings(low_bytes=_size_or_auto(reserve), high_bytes=_size_or_auto(regrow_above))
     share = units.parse_share(cache_limit)
     text = _whole_prompt(prompt, file)
 
+    show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     known = preview(path, text)

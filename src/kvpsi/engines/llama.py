@@ -21,7 +21,7 @@ from kvpsi.kv import CacheSettings, GatedCache, Rebuild, Trim
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
-from kvpsi.pressure import PressureSource, open_source, open_trigger_from_environment
+from kvpsi.pressure import LinuxSource, PressureSource, open_best_trigger, open_source
 
 log = logging.getLogger("kvpsi")
 
@@ -286,7 +286,8 @@ def govern_with(
     cache = make_cache(make, llm, cache_settings, policy, instruments)
     weights_bytes = int(llama_cpp.llama_model_size(llm.model))
     readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
-    trigger, _ = open_trigger_from_environment()
+    own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
+    trigger = open_best_trigger(own.path if own else None)[0] if source is None else None
     governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger)
     echo.governor = governor
     governed = GovernedLlama(llm, cache, governor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +23,20 @@ KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 _BYTES_PER_VALUE = {"f16": 2.0, "q8_0": 34 / 32}
 _CONTEXT_STEP = 256
 _LARGEST_CONTEXT = 1 << 22
+
+
+_GGML_LOG_ERROR = 4
+
+
+@llama_cpp.llama_log_callback
+def _errors_only(level: int, text: bytes, _: object) -> None:
+    if level == _GGML_LOG_ERROR:
+        sys.stderr.write(text.decode("utf-8", "replace"))
+
+
+def show_errors_only() -> None:
+    """Let llama.cpp print errors, for the whole process: its warnings tell of things that kvpsi does on purpose."""
+    llama_cpp.llama_log_set(_errors_only, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,7 +250,7 @@ class GatedCache(ABC):
         """Follow the gate where that takes more than evicting."""
 
     def _most_at_once(self) -> int:
-        """Most tokens of a piece: what llama.cpp computes at once, and under a limit what evicting can make room for."""
+        """Most tokens of a piece: what llama.cpp computes at once, under a limit what evicting can make room for."""
         most = min(self.max_chunk_tokens or self._n_ubatch, self._n_ubatch)
         if self.allowed_cells < self.n_cells:
             most = min(most, self.allowed_cells - min(self.used_cells, self._protected_cells))

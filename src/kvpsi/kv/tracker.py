@@ -175,8 +175,10 @@ class SectionTracker:
 
 
 def _joined(ranges: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
-    """Free byte ranges with those that touch made one, so that the page on the border goes, too; only where some of
-    it is slack. What lies between two tensors is padding."""
+    """Free byte ranges, those that touch made one so that the page on their border goes, too; only with slack in them.
+
+    What lies between two tensors is padding.
+    """
     found: list[tuple[int, int, bool]] = []
     for start, end, is_slack in sorted(ranges):
         if found and start - found[-1][1] < TENSOR_ALIGN_BYTES:

@@ -10,7 +10,7 @@ from kvpsi.pressure.interval import MonitorSettings, next_interval_s
 from kvpsi.pressure.monitor import Listener, Monitor
 from kvpsi.pressure.reading import Headroom, Reading, Resource, ScopeName, Stall, StallLine, Swap
 from kvpsi.pressure.source import LinuxSource
-from kvpsi.pressure.trigger import Trigger, TriggerSpec, open_trigger, open_trigger_from_environment
+from kvpsi.pressure.trigger import Trigger, TriggerSpec, open_best_trigger, open_trigger, open_trigger_from_environment
 
 __all__ = [
     "Headroom",
@@ -32,6 +32,7 @@ __all__ = [
     "TriggerSpec",
     "make_reading",
     "next_interval_s",
+    "open_best_trigger",
     "open_source",
     "open_trigger",
     "open_trigger_from_environment",

@@ -176,6 +176,19 @@ def open_trigger_from_environment(environ: Mapping[str, str] | None = None) -> t
         return None, f"No pressure trigger on {path}: {_refusal(error)}."
 
 
+def open_best_trigger(own_cgroup: Path | None, root: Path = Path("/")) -> tuple[Trigger | None, str]:
+    """What wakes a sleeping monitor: what the service manager asks for, else the own cgroup, else the system."""
+    if os.environ.get("MEMORY_PRESSURE_WATCH"):
+        return open_trigger_from_environment()
+    folders = [] if own_cgroup is None else [own_cgroup / "memory.pressure"]
+    reason = ""
+    for path in (*folders, root / "proc/pressure/memory"):
+        trigger, reason = open_trigger(path)
+        if trigger is not None:
+            break
+    return trigger, reason
+
+
 def _watch(path: Path, payload: bytes) -> Trigger:
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
