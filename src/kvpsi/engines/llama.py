@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import weakref
@@ -162,9 +163,12 @@ class GovernedLlama:
         return self.cache.seq_rm(max(seq_id, 0), p0, p1)
 
     def _generate(self, original: Callable[..., Generator[int, Any, None]]) -> Callable[..., Generator[int, Any, None]]:
+        signature = inspect.signature(original)
+
         def generate(tokens: Iterable[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
             prompt = list(tokens)
-            self._recompute_what_was_forgotten(len(prompt))
+            if signature.bind(prompt, *args, **kwargs).arguments.get("reset", True):
+                self._recompute_what_was_forgotten(len(prompt))
             return self._during_request(original(prompt, *args, **kwargs))
 
         return generate
@@ -291,9 +295,13 @@ def govern_with(
     governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger)
     echo.governor = governor
     governed = GovernedLlama(llm, cache, governor)
-    governed._attach()
-    governed.set_cache_limit(share)
-    governor.start()
+    try:
+        governed._attach()
+        governed.set_cache_limit(share)
+        governor.start()
+    except BaseException:
+        governed.close()
+        raise
     with _registry_lock:
         _registry.add(governed)
     return governed

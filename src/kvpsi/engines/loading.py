@@ -28,7 +28,7 @@ _LARGEST_CONTEXT = 1 << 22
 _GGML_LOG_ERROR = 4
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _errors_only(level: int, text: bytes, _: object) -> None:
     if level == _GGML_LOG_ERROR:
         sys.stderr.write(text.decode("utf-8", "replace"))
