@@ -38,7 +38,7 @@ class FakeCache:
     def status(self) -> CacheStatus:
         if self.fail is not None:
             raise self.fail
-        return CacheStatus(CAPACITY, self.used_bytes, FLOOR)
+        return CacheStatus(CAPACITY, self.used_bytes, FLOOR, sum(self.given))
 
     def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
         self.limits.append((limit_bytes, chunk_tokens))
@@ -179,7 +179,6 @@ def test_what_was_given_elsewhere_is_not_asked_for_twice() -> None:
     cache = FakeCache()
     governor = Governor(cache, ScriptedSource([available(54)]), settings=LAW)
     governor.on_reading(available(54, clock()))
-    governor.record_given(10 * MIB)
     for _ in range(15):
         clock.advance(0.1)
         governor.on_reading(available(54, clock()))  # the counter lags
@@ -187,10 +186,6 @@ def test_what_was_given_elsewhere_is_not_asked_for_twice() -> None:
     clock.advance(3.0)
     governor.on_reading(available(54, clock()))
     assert len(cache.given) == 2
-
-
-def test_record_given_before_any_reading_is_harmless() -> None:
-    Governor(FakeCache(), ScriptedSource([available(54)])).record_given(5)
 
 
 def test_the_instrument_sees_every_reading_and_each_change_of_mind_once() -> None:

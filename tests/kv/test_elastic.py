@@ -207,7 +207,11 @@ def watch_commits(cache: ElasticCache) -> list[list[list[int]]]:
             _mine.append([p.stream * n_cells + c for p in placements for c in p.cells.tolist()])
             type(_tracker).commit(_tracker, tokens, placements)
 
-        tracker.commit = commit
+        def commit_one(spot: Any, *args: Any, _tracker: Any = tracker, _mine: Any = mine) -> None:
+            _mine.append([spot.stream * _tracker.section.n_cells + spot.cell])
+            type(_tracker).commit_one(_tracker, spot, *args)
+
+        tracker.commit, tracker.commit_one = commit, commit_one
     return recorded
 
 

@@ -18,7 +18,7 @@ from kvpsi.engines.caches import MakeCache, make_cache, make_elastic, make_elast
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.instrument import Instrument, Instruments
-from kvpsi.kv import CacheSettings, GatedCache, Rebuild, Trim
+from kvpsi.kv import CacheSettings, GatedCache
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
@@ -78,7 +78,7 @@ class GovernedLlama:
             capacity_bytes=cache.capacity_bytes,
             resident_bytes=resident,
             peak_resident_bytes=max(resident, self._peak_cells * cache.bytes_per_cell),
-            limit_bytes=min(cache.limit_cells, cache.cap_cells) * cache.bytes_per_cell,
+            limit_bytes=cache.allowed_cells * cache.bytes_per_cell,
             releases=cache.releases,
             trims=cache.trims,
             interrupts=cache.interrupts,
@@ -201,21 +201,6 @@ class GovernedLlama:
         llm._seed = state.seed
 
 
-class _Echo(Instrument):
-    """Tells the governor what a trim or a rebuild gave, wherever it happened."""
-
-    def __init__(self) -> None:
-        self.governor: Governor | None = None
-
-    def event(self, name: str, value: Any) -> None:
-        if self.governor is None:
-            return
-        if name == "trim" and isinstance(value, Trim):
-            self.governor.record_given(value.release.returned_bytes)
-        elif name == "rebuild" and isinstance(value, Rebuild):
-            self.governor.record_given(value.returned_bytes)
-
-
 def _valid_share(share: float) -> float:
     if not 0.0 < share <= 1.0:
         raise UsageError(f"A cache limit of {share} makes no sense; give a share above 0 and at most 1, such as 0.7.")
@@ -285,15 +270,13 @@ def govern_with(
     with _registry_lock:
         if any(g.llm is llm for g in _registry):
             raise UsageError("This model is governed already; close that first or use the object it returned.")
-    echo = _Echo()
-    instruments = Instruments([echo] if instrument is None else [echo, instrument])
+    instruments = Instruments([] if instrument is None else [instrument])
     cache = make_cache(make, llm, cache_settings, policy, instruments)
     weights_bytes = int(llama_cpp.llama_model_size(llm.model))
     readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
     own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
     trigger = open_best_trigger(own.path if own else None)[0] if source is None else None
     governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger)
-    echo.governor = governor
     governed = GovernedLlama(llm, cache, governor)
     try:
         governed._attach()

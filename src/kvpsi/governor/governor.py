@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import Protocol
 
@@ -55,18 +54,22 @@ class Governor:
         self.reading: Reading | None = None
         self.stall_us_at_start: int | None = None
         self._source = source
-        self._lock = threading.Lock()
+        self._returned_bytes = 0
         self._trigger = trigger
         self.monitor = Monitor(source, on_reading=self.on_reading, trigger=trigger)
 
     def on_reading(self, reading: Reading) -> None:
         """One tick: decide, set the gate, and if the cache is above it have it shrink."""
-        with self._lock:
-            decision, self.state = decide(reading, self.cache.status(), self.state, self.settings)
-            changed = self.decision is None or _differs(decision, self.decision)
-            self.decision, self.reading = decision, reading
-            if self.stall_us_at_start is None:
-                self.stall_us_at_start = reading.memory.some.total_us
+        status = self.cache.status()
+        if self.reading is not None and status.returned_bytes > self._returned_bytes:
+            # whoever gave it, the engine or this thread: the law must not take it for something else
+            self.state = record_given(self.state, self.reading, status.returned_bytes - self._returned_bytes)
+        self._returned_bytes = status.returned_bytes
+        decision, self.state = decide(reading, status, self.state, self.settings)
+        changed = self.decision is None or _differs(decision, self.decision)
+        self.decision, self.reading = decision, reading
+        if self.stall_us_at_start is None:
+            self.stall_us_at_start = reading.memory.some.total_us
         self.cache.set_limit(decision.limit_bytes, self.settings.pressed_chunk_tokens if decision.pressed else None)
         self.instrument.event("reading", reading)
         if changed:
@@ -75,12 +78,6 @@ class Governor:
             given = self.cache.give_now()
             if given is None and decision.urgent:
                 self.cache.interrupt()
-
-    def record_given(self, given_bytes: int) -> None:
-        """Tell the law what really went back, so that it does not react to the echo."""
-        with self._lock:
-            if self.reading is not None:
-                self.state = record_given(self.state, self.reading, given_bytes)
 
     @property
     def stall_s(self) -> float:

@@ -92,11 +92,13 @@ class LawSettings:
 
 @dataclass(frozen=True, slots=True)
 class CacheStatus:
-    """The cache as the law sees it: its full size, what tokens occupy, and what it cannot go below, in bytes."""
+    """The cache as the law sees it, in bytes: its full size, what tokens occupy, what it cannot go below, and all that
+    it ever gave back (a counter)."""
 
     capacity_bytes: int
     used_bytes: int
     floor_bytes: int
+    returned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ class StreamCells:
         self.held_pos: IntArray = np.full(n_cells, EMPTY, dtype=np.int32)
         self.head = 0
         self.used = 0
+        self.last_pos = -1  # no position held is larger; one that was removed may have been
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -106,27 +107,31 @@ class StreamCells:
                 owner = int(np.flatnonzero(self.owner[cell])[0])
                 overwritten[owner] = max(overwritten.get(owner, -1), int(self.pos[cell]))
             self._clear_cells(taken)
-        if len(cells) == 1:
-            only = int(cells[0])
-            self.pos[only] = self.held_pos[only] = pos[0]
-            self.token[only] = tokens[0]
-            for seq_id in seqs[0]:
-                self.owner[only, seq_id] = True
+        self.pos[cells] = pos
+        self.held_pos[cells] = pos
+        self.token[cells] = tokens
+        if all(len(s) == 1 for s in seqs):
+            self.owner[cells, np.fromiter((s[0] for s in seqs), dtype=np.intp, count=len(seqs))] = True
         else:
-            self.pos[cells] = pos
-            self.held_pos[cells] = pos
-            self.token[cells] = tokens
-            if all(len(s) == 1 for s in seqs):
-                self.owner[cells, np.fromiter((s[0] for s in seqs), dtype=np.intp, count=len(seqs))] = True
-            else:
-                for cell, owners in zip(cells, seqs, strict=True):
-                    self.owner[cell, list(owners)] = True
+            for cell, owners in zip(cells, seqs, strict=True):
+                self.owner[cell, list(owners)] = True
+        self.last_pos = max(self.last_pos, int(pos.max()))
         self.used += len(cells)
         for seq_id, last in overwritten.items():
             first = self.pos_min(seq_id)
             if 0 <= first <= last:
                 self.seq_rm(seq_id, first, last + 1)
         self.head = int(cells[-1]) + 1
+
+    def place_one(self, cell: int, pos: int, seqs: Sequence[int], token: int) -> None:
+        """`place` of a single token in a free cell."""
+        self.pos[cell] = self.held_pos[cell] = pos
+        self.token[cell] = token
+        for seq_id in seqs:
+            self.owner[cell, seq_id] = True
+        self.last_pos = max(self.last_pos, pos)
+        self.used += 1
+        self.head = cell + 1
 
     # -- taking tokens out ---------------------------------------------------------------------------------------
 
@@ -150,6 +155,8 @@ class StreamCells:
 
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> IntArray:
         """Take positions [p0, p1) from a sequence (-1: from all); returns the cells that became free."""
+        if p0 > self.last_pos:
+            return np.empty(0, dtype=np.int32)
         mask = self.in_range(p0, p1)
         if seq_id < 0:
             return self._freed(np.flatnonzero(mask).astype(np.int32))
@@ -181,6 +188,7 @@ class StreamCells:
             return np.empty(0, dtype=np.int32)
         moved = np.flatnonzero(self.in_range(p0, p1) & self.owner[:, seq_id])
         self.pos[moved] += shift
+        self.last_pos = max(self.last_pos, self.last_pos + shift)
         gone = moved[self.pos[moved] < 0].astype(np.int32)
         if gone.size:
             self._clear_cells(gone)
@@ -205,6 +213,7 @@ class StreamCells:
         self.token[:] = other.token
         self.held_pos[:] = other.held_pos
         self.used = int(mine.sum())
+        self.last_pos = other.last_pos
         self.head = other.head
 
     def clear(self) -> None:
@@ -213,6 +222,7 @@ class StreamCells:
         self.owner[:] = False
         self.head = 0
         self.used = 0
+        self.last_pos = -1
 
     def load(self, pos: Iterable[int], owners: Sequence[Sequence[int]]) -> None:
         """Become the result of restoring a whole context: cells 0..n-1 in the order given."""
@@ -243,7 +253,12 @@ class CellMirror:
     @property
     def used(self) -> int:
         """Cells that hold a token, over all streams."""
-        return sum(s.used for s in self.streams)
+        return self.streams[0].used if self.n_stream == 1 else sum(s.used for s in self.streams)
+
+    @property
+    def last_pos(self) -> int:
+        """No position held in any stream is larger."""
+        return self.streams[0].last_pos if self.n_stream == 1 else max(s.last_pos for s in self.streams)
 
     def clear(self) -> None:
         """Forget everything."""

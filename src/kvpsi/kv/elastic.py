@@ -70,6 +70,8 @@ class ElasticCache(GatedCache):
         self._n_ubatch = int(llama_cpp.llama_n_ubatch(ctx))
         sections = discover(ctx)
         self.trackers = [SectionTracker(s, self._n_seq) for s in sections]
+        self._n_swa = max(s.n_swa for s in sections)
+        self._n_cells = sections[0].n_cells * sections[0].n_stream
         super().__init__(settings, instrument, on_forgotten)
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
@@ -81,8 +83,7 @@ class ElasticCache(GatedCache):
     @property
     def n_cells(self) -> int:
         """Cells of the (non-sliding) cache over all streams."""
-        section = self.trackers[0].section
-        return section.n_cells * section.n_stream
+        return self._n_cells
 
     @property
     def used_cells(self) -> int:
@@ -126,7 +127,7 @@ class ElasticCache(GatedCache):
 
     @property
     def _tail(self) -> int:
-        return max(self.settings.tail, max(t.section.n_swa for t in self.trackers))
+        return max(self.settings.tail, self._n_swa)
 
     def first_gap(self, seq_id: int) -> int:
         """First position that a sequence has lost (or not reached yet): what is before it is complete."""
@@ -144,7 +145,9 @@ class ElasticCache(GatedCache):
     def status(self) -> CacheStatus:
         """Capacity, bytes in use and floor, for the control law."""
         per_cell = self.bytes_per_cell  # without sliding windows: what they hold cannot be given
-        return CacheStatus(self.n_cells * per_cell, self.used_cells * per_cell, self.floor_cells * per_cell)
+        return CacheStatus(
+            self.n_cells * per_cell, self.used_cells * per_cell, self.floor_cells * per_cell, self.returned_bytes
+        )
 
     def give_now(self) -> int | None:
         """Shrink to the limit if the engine is idle; the bytes given, None if it is busy."""
@@ -162,6 +165,10 @@ class ElasticCache(GatedCache):
         return 0 if batch.pos else self.trackers[0].mirror.stream_of(0).pos_max(0) + 1
 
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
+        if len(tokens) == 1 and self.trusted and not self._rewritten:
+            code = self._decode_one(batch, tokens)
+            if code is not None:
+                return code
         micro = self._split(tokens)
         plans = [t.plan(tokens, micro) for t in self.trackers] if self.trusted else []
         if len(self.trackers) > 1 and any(p is None for p in plans):
@@ -178,6 +185,25 @@ class ElasticCache(GatedCache):
             for tracker in self.trackers:
                 tracker.touch_all()
             self.release_slack()
+        return code
+
+    def _decode_one(self, batch: llama_cpp.llama_batch, tokens: Tokens) -> int | None:
+        """The short way for a single token that goes to the cell at the head; None where it takes the long way."""
+        seqs = tokens.seqs[0]
+        spots = [s for t in self.trackers if (s := t.spot(seqs[0])) is not None]
+        if len(spots) < len(self.trackers):
+            return None
+        before = [t.key_row(s) for t, s in zip(self.trackers, spots, strict=True)]
+        code = int(llama_cpp.llama_decode(self.ctx, batch))
+        if code == DECODE_OK and all(
+            t.key_row(s) != row for t, s, row in zip(self.trackers, spots, before, strict=True)
+        ):
+            token, pos = int(tokens.token[0]), int(tokens.pos[0])
+            for tracker, spot in zip(self.trackers, spots, strict=True):
+                tracker.commit_one(spot, pos, seqs, token)
+        else:
+            plans: Plans = [[[Placement(s.stream, np.array([s.cell]), np.array([0]))]] for s in spots]
+            self._record(code, tokens, [[np.array([0])]], plans, [[row] for row in before])
         return code
 
     def _record(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[list[bytes]]) -> None:
@@ -240,7 +266,7 @@ class ElasticCache(GatedCache):
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """`llama_memory_seq_rm`."""
         done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
-        if done:
+        if done and p0 <= self.trackers[0].mirror.last_pos:  # Llama.eval removes what is not there before every token
             self._each_stream(seq_id, lambda s: s.seq_rm(seq_id, p0, p1))
             self._release_if_worthwhile()
         return done
@@ -360,9 +386,11 @@ class ElasticCache(GatedCache):
     # -- the gate and eviction -----------------------------------------------------------------------------------
 
     def _make_room(self, n_tokens: int) -> None:
-        missing = self.used_cells + n_tokens - self.allowed_cells
-        if missing <= 0 or self.allowed_cells == self.n_cells or not self.trusted:
+        if min(self.limit_cells, self.cap_cells) >= self._n_cells or not self.trusted:
             return  # a cache that is full of its own accord is llama.cpp's to refuse
+        missing = self.used_cells + n_tokens - self.allowed_cells
+        if missing <= 0:
+            return
         may_go = sum(int(self._view(stream).evictable.sum()) for stream in self.trackers[0].mirror.streams)
         if may_go < missing:
             raise self._refuse(n_tokens, missing - may_go)

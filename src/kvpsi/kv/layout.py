@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import llama_cpp
 
@@ -33,7 +34,7 @@ class Plane:
     bytes_per_cell: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Section:
     """One KV cache of a context; sliding-window models have two.
 
@@ -50,7 +51,7 @@ class Section:
         """Streams, 1 with unified cells."""
         return len(self.planes)
 
-    @property
+    @cached_property
     def bytes_per_cell(self) -> int:
         """Bytes of one cell over all layers, K and V."""
         return sum(p.bytes_per_cell for p in self.planes[0])
@@ -60,7 +61,7 @@ class Section:
         """Size of the cache."""
         return self.bytes_per_cell * self.n_cells * self.n_stream
 
-    @property
+    @cached_property
     def block_cells(self) -> int:
         """Cells in a block: large enough that at most an eighth of a freed block lies in shared edge pages."""
         widest = max(p.bytes_per_cell for p in self.planes[0])

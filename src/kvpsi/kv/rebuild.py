@@ -199,7 +199,9 @@ class RebuiltCache(GatedCache):
     def status(self) -> CacheStatus:
         """For the control law; in use is the whole context, as shrinking it is what gives memory back."""
         per_cell = self.bytes_per_cell
-        return CacheStatus(self.capacity_bytes, self.committed_cells * per_cell, self.floor_cells * per_cell)
+        return CacheStatus(
+            self.capacity_bytes, self.committed_cells * per_cell, self.floor_cells * per_cell, self.returned_bytes
+        )
 
     def give_now(self) -> int | None:
         """Shrink to the limit between two requests; the bytes given, None while somebody may read the logits."""

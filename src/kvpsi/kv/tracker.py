@@ -7,11 +7,12 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from kvpsi.kv import pages
-from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
+from kvpsi.kv.cells import EMPTY, UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
 from kvpsi.kv.layout import TENSOR_ALIGN_BYTES, Section
 from kvpsi.kv.ubatch import Index, Tokens
 
@@ -37,6 +38,13 @@ class Release:
             self.returned_bytes + other.returned_bytes,
             self.seconds + other.seconds,
         )
+
+
+class Spot(NamedTuple):
+    """One cell of one stream."""
+
+    stream: int
+    cell: int
 
 
 NOTHING = Release(0, 0, 0.0)
@@ -140,6 +148,25 @@ class SectionTracker:
                     at += 1
         return True
 
+    # -- the same for a single token, which most decodes are --------------------------------------------------------
+
+    def spot(self, seq_id: int) -> Spot | None:
+        """The cell of the next single token, None if it takes a search to find it."""
+        cells = self.mirror.stream_of(seq_id)
+        cell = cells.head
+        near = cell <= cells.used + 2 and cell < cells.n_cells and cells.pos[cell] == EMPTY
+        return Spot(0 if self.mirror.n_stream == 1 else seq_id, cell) if near else None
+
+    def key_row(self, spot: Spot) -> bytes:
+        """Layer 0's K row of one cell."""
+        plane = self.section.planes[spot.stream][0]
+        return ctypes.string_at(plane.base + spot.cell * plane.bytes_per_cell, plane.bytes_per_cell)
+
+    def commit_one(self, spot: Spot, pos: int, seqs: Sequence[int], token: int) -> None:
+        """Record that a single token went where it was predicted to go."""
+        self.mirror.streams[spot.stream].place_one(spot.cell, pos, seqs, token)
+        self.touched[spot.stream][spot.cell] = True
+
     # -- giving back ---------------------------------------------------------------------------------------------
 
     def slack_cells(self) -> int:
@@ -153,7 +180,7 @@ class SectionTracker:
             OSError: the kernel refused; see `kvpsi.kv.pages.release`.
         """
         started = time.perf_counter()
-        requested = returned = 0
+        requested = 0
         ranges: list[tuple[int, int, bool]] = []
         for touched, cells, planes in zip(self.touched, self.mirror.streams, self.section.planes, strict=True):
             free = cells.free()
@@ -164,11 +191,10 @@ class SectionTracker:
                 ranges += [
                     (p.base + first * p.bytes_per_cell, p.base + end * p.bytes_per_cell, is_slack) for p in planes
                 ]
-        for start, stop in _joined(ranges) if requested else []:
-            span = pages.whole_pages(start, stop)
-            if span is not None:
-                returned += pages.present_bytes(span)
-                pages.release(span)
+        joined = _joined(ranges) if requested else []
+        spans = [span for start, stop in joined if (span := pages.whole_pages(start, stop)) is not None]
+        returned = sum(pages.present_bytes(span) for span in spans)
+        pages.release(spans)
         for touched, cells in zip(self.touched, self.mirror.streams, strict=True):
             touched[cells.free()] = False
         return Release(requested, returned, time.perf_counter() - started)

@@ -30,6 +30,12 @@ class Tokens:
 def read_batch(batch: llama_cpp.llama_batch, next_pos: int) -> Tokens:
     """The tokens of a `llama_batch`; without positions they continue sequence 0 at ``next_pos``."""
     n = batch.n_tokens
+    if n == 1 and batch.token and batch.pos and batch.seq_id:
+        # the common case, without the cost of making arrays out of pointers
+        owners = [batch.seq_id[0][j] for j in range(batch.n_seq_id[0])]
+        wanted = int(batch.logits[0] != 0) if batch.logits else 1
+        only = np.array((batch.token[0], batch.pos[0]), dtype=np.int32)
+        return Tokens(only[:1], only[1:], [owners], wanted)
     token = (
         np.ctypeslib.as_array(batch.token, (n,)).copy() if batch.token else np.full(n, UNKNOWN_TOKEN, dtype=np.int32)
     )
