@@ -284,6 +284,7 @@ def test_the_governor_makes_an_idle_context_smaller_and_knows_what_it_gave(defau
         governed.governor.on_reading(make_reading(available_bytes=64 << 20))
         assert governed.cache.committed_cells == 1536
         (done,) = events.rebuilds()
+        governed.governor.on_reading(make_reading(available_bytes=4 << 30))  # the next tick takes note
         assert [given for _, given, _ in governed.governor.state.given] == [done.returned_bytes]
         assert done.returned_bytes > 0.9 * 512 * governed.cache.bytes_per_cell
 

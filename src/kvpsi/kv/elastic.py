@@ -75,7 +75,6 @@ class ElasticCache(GatedCache):
         super().__init__(settings, instrument, on_forgotten)
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
-        self._install_abort(ctx)
         self.release_slack()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class ElasticCache(GatedCache):
             micro = split_equal(tokens, self._n_ubatch, streams=False)
             plans = [t.plan(tokens, micro) for t in self.trackers]
         before = [t.key_rows(p) if p else [] for t, p in zip(self.trackers, plans, strict=False)]
-        with self._interruptibly(divisible and len(micro) == 1):
+        with self._interruptibly(self.ctx, divisible and len(micro) == 1):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if self.trusted:
             self._record(code, tokens, micro, plans, before)
@@ -439,8 +438,7 @@ class ElasticCache(GatedCache):
 
     @exclusive
     def close(self) -> None:
-        """Take the abort callback away; the context stays as it is and may be used without kvpsi."""
-        self._remove_abort(self.ctx)
+        """Let go of the context, which stays as it is and may be used without kvpsi."""
         for tracker in self.trackers:
             pages.set_apart(tracker.inner, False)
 

@@ -270,27 +270,25 @@ class GatedCache(ABC):
 
     # -- interrupting --------------------------------------------------------------------------------------------
 
-    def _install_abort(self, ctx: llama_cpp.llama_context_p) -> None:
+    @contextlib.contextmanager
+    def _interruptibly(self, ctx: llama_cpp.llama_context_p, allowed: bool) -> Iterator[None]:
+        """While it lasts, `interrupt` may stop what ``ctx`` decodes; single tokens never pay for being asked."""
+        if not allowed:
+            yield
+            return
         # libc's strlen of a two-byte buffer: 0 while its first byte is 0. A C function costs nothing per graph
         # node, a Python one would cost as much as the node itself.
         strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
-        self._abort_callback = strlen
         llama_cpp.llama_set_abort_callback(ctx, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
-
-    def _remove_abort(self, ctx: llama_cpp.llama_context_p) -> None:
-        self._abort[0] = b"\0"
-        llama_cpp.llama_set_abort_callback(ctx, llama_cpp.ggml_abort_callback(0), None)
-
-    @contextlib.contextmanager
-    def _interruptibly(self, allowed: bool) -> Iterator[None]:
         with self._abort_lock:
-            self._interruptible = allowed
+            self._interruptible = True
         try:
             yield
         finally:
             with self._abort_lock:
                 self._interruptible = False
                 self._abort[0] = b"\0"
+            llama_cpp.llama_set_abort_callback(ctx, llama_cpp.ggml_abort_callback(0), None)
 
     # -- the same operations as llama.cpp's ----------------------------------------------------------------------
 
@@ -326,9 +324,8 @@ class GatedCache(ABC):
     def restore_capacity(self) -> None:
         """Give the context the size back that it had before it was governed, as far as that is possible."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Take the abort callback away; the context stays as it is and may be used without kvpsi."""
+    def close(self) -> None:  # noqa: B027 - not every cache holds on to something
+        """Let go of the context, which stays as it is and may be used without kvpsi."""
 
 
 def _piece(tokens: Tokens, start: int, size: int) -> Tokens:

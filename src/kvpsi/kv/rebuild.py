@@ -138,7 +138,6 @@ class RebuiltCache(GatedCache):
         self._requests = 0
         self._touched = False
         self._threads = _threads(ctx)
-        self._install_abort(ctx)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -260,7 +259,7 @@ class RebuiltCache(GatedCache):
 
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
         at_once = len(tokens) <= self._n_ubatch
-        with self._interruptibly(divisible and at_once):
+        with self._interruptibly(self.ctx, divisible and at_once):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if code == DECODE_OK:
             self._held.add(tokens.pos)
@@ -500,7 +499,6 @@ class RebuiltCache(GatedCache):
         self.holder.ctx, self.holder.memory = ctx, llama_cpp.llama_get_memory(ctx)
         self._committed_cells = int(llama_cpp.llama_n_ctx(ctx))
         self._n_ubatch = int(llama_cpp.llama_n_ubatch(ctx))
-        self._install_abort(ctx)
         if self._equip(ctx):
             return True
         self._free()
@@ -540,12 +538,6 @@ class RebuiltCache(GatedCache):
         self._revive()
         if self.committed_cells < self.n_cells and not self._shift_pending:
             self._rebuild(self.n_cells)
-
-    @exclusive
-    def close(self) -> None:
-        """Take the abort callback away; the context stays as it is and may be used without kvpsi."""
-        if self.ctx:
-            self._remove_abort(self.ctx)
 
 
 def _round_up(cells: int) -> int:
