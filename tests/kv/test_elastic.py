@@ -668,3 +668,22 @@ def test_after_closing_the_context_is_an_ordinary_one(model: llama_cpp.llama_mod
         with batch_of(text(30, 100)) as batch:
             assert llama_cpp.llama_decode(ctx, batch) == llama_cpp.llama_decode(stock, batch) == 0
         assert np.array_equal(logits(ctx), logits(stock))
+
+
+@pytest.mark.parametrize("left", [1, 5, 15, 40])
+def test_a_few_live_cells_without_flash_attention_keep_their_values(model: llama_cpp.llama_model_p, left: int) -> None:
+    """There a live cell is two bytes between free ones, which are given back around it."""
+    shape = Shape(n_ctx=4096, n_seq=1, flash=False)
+    with open_context(model, shape) as ctx, open_context(model, shape) as stock:
+        cache = ElasticCache(ctx, settings=SETTINGS)
+        memory = llama_cpp.llama_get_memory(stock)
+        for start in range(0, 300, 60):
+            with batch_of(text(60, start)) as batch:
+                assert cache.decode(batch) == llama_cpp.llama_decode(stock, batch) == 0
+        assert cache.seq_rm(0, left, -1)
+        assert llama_cpp.llama_memory_seq_rm(memory, 0, left, -1)
+        cache.release_slack()
+        with batch_of(text(3, left)) as batch:
+            assert cache.decode(batch) == llama_cpp.llama_decode(stock, batch) == 0
+        assert np.array_equal(logits(ctx), logits(stock))
+        cache.close()

@@ -81,13 +81,14 @@ def make_cache(
     llama_cpp.llama_memory_clear(memory, False)
     try:
         cache = make(llm, settings, policy, instrument)
-    except LayoutError:
+    except BaseException:
         llm._requires_eval = True
         if state:
             source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-            llama_cpp.llama_state_seq_set_data(ctx, source, len(state), _ONLY_SEQUENCE)
+            if not llama_cpp.llama_state_seq_set_data(ctx, source, len(state), _ONLY_SEQUENCE):
+                llm.n_tokens = 0
         raise
-    if state:
-        cache.load_sequence(state, _ONLY_SEQUENCE)
+    if state and not cache.load_sequence(state, _ONLY_SEQUENCE):
+        llm.n_tokens = 0
     llm._requires_eval = True
     return cache

@@ -167,15 +167,13 @@ class GovernedLlama:
 
         def generate(tokens: Iterable[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
             prompt = list(tokens)
-            if signature.bind(prompt, *args, **kwargs).arguments.get("reset", True):
-                self._recompute_what_was_forgotten(len(prompt))
-            return self._during_request(original(prompt, *args, **kwargs))
+            with self.cache.request():
+                if signature.bind(prompt, *args, **kwargs).arguments.get("reset", True):
+                    with self.cache.exclusively():
+                        self._recompute_what_was_forgotten(len(prompt))
+                yield from original(prompt, *args, **kwargs)
 
         return generate
-
-    def _during_request(self, tokens: Generator[int, Any, None]) -> Generator[int, Any, None]:
-        with self.cache.request():
-            yield from tokens
 
     def _recompute_what_was_forgotten(self, n_tokens: int) -> None:
         """Before a new prompt reuses the cache: if there is room for all of it, reuse only what has no gaps."""
@@ -189,6 +187,8 @@ class GovernedLlama:
         llm = self.llm
         header = seq_state(llm.ctx, _ONLY_SEQUENCE)[:HEADER_BYTES]
         data = sequence_from_whole(bytes(state.llama_state), header)
+        llm.n_tokens = 0  # so that nothing is taken for granted if the state is refused
+        llm._requires_eval = True
         self.cache.clear()
         if not self.cache.load_sequence(data, _ONLY_SEQUENCE):
             raise RuntimeError("Failed to set llama state data")
@@ -273,7 +273,11 @@ def govern_with(
     instruments = Instruments([] if instrument is None else [instrument])
     cache = make_cache(make, llm, cache_settings, policy, instruments)
     weights_bytes = int(llama_cpp.llama_model_size(llm.model))
-    readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
+    try:
+        readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
+    except BaseException:
+        cache.close()
+        raise
     own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
     trigger = open_best_trigger(own.path if own else None)[0] if source is None else None
     governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger)

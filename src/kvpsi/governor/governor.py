@@ -55,11 +55,14 @@ class Governor:
         self.stall_us_at_start: int | None = None
         self._source = source
         self._returned_bytes = 0
+        self._stopped = False
         self._trigger = trigger
         self.monitor = Monitor(source, on_reading=self.on_reading, trigger=trigger)
 
     def on_reading(self, reading: Reading) -> None:
-        """One tick: decide, set the gate, and if the cache is above it have it shrink."""
+        """One tick: decide, set the gate, and if the cache is above it have it shrink. Nothing after `stop`."""
+        if self._stopped:
+            return
         status = self.cache.status()
         if self.reading is not None and status.returned_bytes > self._returned_bytes:
             # whoever gave it, the engine or this thread: the law must not take it for something else
@@ -74,7 +77,7 @@ class Governor:
         self.instrument.event("reading", reading)
         if changed:
             self.instrument.event("decision", decision)
-        if decision.give_bytes > 0:
+        if decision.give_bytes > 0 and not self._stopped:
             given = self.cache.give_now()
             if given is None and decision.urgent:
                 self.cache.interrupt()
@@ -88,12 +91,17 @@ class Governor:
 
     def start(self) -> Governor:
         """Decide once, then keep watching in a thread of its own."""
-        self.on_reading(self._source.read())
-        self.monitor.start()
+        try:
+            self.on_reading(self._source.read())
+            self.monitor.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def stop(self) -> None:
         """End the thread, close the source and lift the limit; may be called twice."""
+        self._stopped = True
         self.monitor.stop()
         if self._trigger is not None:
             self._trigger.close()

@@ -183,7 +183,8 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
 
     pressed = predicted < low or stalled
     if pressed:
-        limit = min(limit, max(cache.floor_bytes, cache.used_bytes - give))
+        if give:
+            limit = min(limit, max(cache.floor_bytes, cache.used_bytes - give))
         state = replace(state, calm_since_s=None)
     elif predicted >= high and stall < settings.calm_share:
         limit, state = _grow(limit, predicted - high, now, cache, state, settings)

@@ -75,6 +75,7 @@ class ElasticCache(GatedCache):
         super().__init__(settings, instrument, on_forgotten)
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
+        self._closed = False
         self.release_slack()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class ElasticCache(GatedCache):
         if not self._busy.acquire(blocking=False):
             return None
         try:
-            excess = self.used_cells - self.allowed_cells
+            excess = 0 if self._closed else self.used_cells - self.allowed_cells
             return self.evict(excess).release.returned_bytes if excess > 0 else 0
         finally:
             self._busy.release()
@@ -175,7 +176,7 @@ class ElasticCache(GatedCache):
             micro = split_equal(tokens, self._n_ubatch, streams=False)
             plans = [t.plan(tokens, micro) for t in self.trackers]
         before = [t.key_rows(p) if p else [] for t, p in zip(self.trackers, plans, strict=False)]
-        with self._interruptibly(self.ctx, divisible and len(micro) == 1):
+        with self._interruptibly(self.ctx, divisible and self.trusted and len(micro) == 1):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if self.trusted:
             self._record(code, tokens, micro, plans, before)
@@ -215,6 +216,10 @@ class ElasticCache(GatedCache):
             pass  # foreseen; llama.cpp asks this cache first, so that nothing has changed in a sliding window's either
         elif code != DECODE_INVALID:
             self._distrust(f"llama_decode returned {code}, after which the cells in use are not known")
+
+    def _broken_off(self) -> None:
+        if self.trusted:
+            self._agrees()
 
     def _split(self, tokens: Tokens) -> Micro:
         if self.trackers[0].mirror.n_stream > 1:
@@ -439,6 +444,7 @@ class ElasticCache(GatedCache):
     @exclusive
     def close(self) -> None:
         """Let go of the context, which stays as it is and may be used without kvpsi."""
+        self._closed = True
         for tracker in self.trackers:
             pages.set_apart(tracker.inner, False)
 

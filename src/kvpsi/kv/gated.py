@@ -216,6 +216,7 @@ class GatedCache(ABC):
         tokens = read_batch(batch, self._next_pos(batch))
         divisible = divisible and len(tokens) > 1 and tokens.n_outputs <= 1 and not batch.embd
         start = 0
+        stopped = False
         while start < len(tokens):
             self._resize_if_due()
             size = len(tokens) - start
@@ -224,8 +225,15 @@ class GatedCache(ABC):
             whole = size == len(tokens)
             piece = tokens if whole else _piece(tokens, start, size)
             self._make_room(size)
-            code = self._decode_piece(batch if whole else _slice(batch, start, size), piece, divisible)
-            if code == DECODE_ABORTED and divisible:
+            try:
+                part = batch if whole else _slice(batch, start, size)
+                # what was stopped once goes through the next time, or it would never end where nothing can be given
+                code = self._decode_piece(part, piece, divisible and not stopped)
+            except BaseException:
+                self._broken_off()
+                raise
+            stopped = code == DECODE_ABORTED and divisible
+            if stopped:
                 self.interrupts += 1
                 self.instrument.event("interrupt", {"tokens": size})
                 continue
@@ -245,6 +253,9 @@ class GatedCache(ABC):
     @abstractmethod
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
         """Decode and take note of what it did to the cells; llama_decode's code."""
+
+    def _broken_off(self) -> None:  # noqa: B027 - a cache that keeps no record of cells has nothing to check
+        """An exception (Ctrl-C) came between llama.cpp's decode and the record of it."""
 
     def _resize_if_due(self) -> None:  # noqa: B027 - most caches have no size of their own
         """Follow the gate where that takes more than evicting."""

@@ -18,7 +18,7 @@ from kvpsi.errors import LayoutError
 from kvpsi.kv import pages
 from kvpsi.kv.statedata import SectionState, TensorRows, parse_state
 
-TENSOR_ALIGN_BYTES = 32
+_TENSOR_ALIGN_BYTES = 32
 _SWA_PAD_CELLS = 256
 
 
@@ -123,7 +123,7 @@ def _tensors(state: SectionState, n_cells: int) -> tuple[list[_Tensor], int]:
                 continue
             found.append(_Tensor(offset, rows))
             size = rows.bytes_per_cell * rows.n_rows * n_cells * state.n_stream
-            offset += -(-size // TENSOR_ALIGN_BYTES) * TENSOR_ALIGN_BYTES
+            offset += -(-size // _TENSOR_ALIGN_BYTES) * _TENSOR_ALIGN_BYTES
     return found, offset
 
 
@@ -241,6 +241,10 @@ def discover(ctx: llama_cpp.llama_context_p) -> list[Section]:
             for section, state in zip(sections, _probe(ctx, n_vocab // 2, last), strict=True):
                 if not _verifies(state, section.extent.start, section.n_cells, section.extent.end):
                     raise LayoutError("The KV tensors of the last stream are not where they should be.")
+    except OSError as error:
+        raise LayoutError(
+            f"The KV tensors were not found, as this process may not look at its memory: {error}."
+        ) from error
     finally:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), False)
     return sections

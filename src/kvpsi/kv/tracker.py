@@ -13,7 +13,7 @@ import numpy as np
 
 from kvpsi.kv import pages
 from kvpsi.kv.cells import EMPTY, UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
-from kvpsi.kv.layout import TENSOR_ALIGN_BYTES, Section
+from kvpsi.kv.layout import Section
 from kvpsi.kv.ubatch import Index, Tokens
 
 Micro = Sequence[Sequence[Index]]
@@ -203,11 +203,11 @@ class SectionTracker:
 def _joined(ranges: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
     """Free byte ranges, those that touch made one so that the page on their border goes, too; only with slack in them.
 
-    What lies between two tensors is padding.
+    Nothing may lie between: without flash attention a few live cells are only a few bytes.
     """
     found: list[tuple[int, int, bool]] = []
     for start, end, is_slack in sorted(ranges):
-        if found and start - found[-1][1] < TENSOR_ALIGN_BYTES:
+        if found and start == found[-1][1]:
             first, _, before = found.pop()
             start, is_slack = first, is_slack or before
         found.append((start, end, is_slack))
