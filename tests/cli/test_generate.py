@@ -254,3 +254,15 @@ def test_a_full_disk_behind_standard_output_is_one_line(default_model: Path) -> 
         "kvpsi: Could not read or write its output: No space left on device."
     )
     assert "Traceback" not in done.stderr
+
+
+def test_the_log_may_not_overwrite_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The wind was strong on Monday.")
+    done = generate("Hello", "-f", str(text), "--log", str(text))
+    assert_refused(done, 2, "would overwrite")
+    assert text.read_text() == "The wind was strong on Monday."
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    assert_refused(generate("Hello", "-f", "/dev/zero"), 1, "not a regular file")

@@ -60,6 +60,8 @@ def generate(
     show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
+    if log is not None and any(log.exists() and used.exists() and log.samefile(used) for used in (path, file or path)):
+        raise UsageError(f"The log {log} would overwrite the model or the text; name another file.")
     known = preview(path, text)
     with contextlib.closing(open_source(working_set_file_bytes=path.stat().st_size)) as source:
         n_ctx, remark = fitting_context(known, n_predict, load, source.read().headroom, law)
@@ -143,6 +145,10 @@ def _whole_prompt(prompt: str, file: Path | None) -> str:
 
 def _read_document(file: Path) -> str:
     try:
+        if not file.is_file() and file.exists():
+            raise EnvironmentProblem(
+                f"{file} is not a regular file; name a text file, or give the text on standard input with -."
+            )
         if file.stat().st_size > _LONGEST_FILE_BYTES:
             raise UsageError(f"{file} is larger than {units.format_bytes(_LONGEST_FILE_BYTES)}; give a shorter text.")
         return file.read_text(encoding="utf-8")

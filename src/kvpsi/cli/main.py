@@ -55,7 +55,8 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments, prog_name="kvpsi", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a wrapper may have closed it
+            sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
@@ -66,7 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("KVPSI_DEBUG") == "1":
             traceback.print_exc()
         message, status = _explained(error)
-        print(f"kvpsi: {one_line(message)}", file=sys.stderr)
+        if message:
+            print(f"kvpsi: {one_line(message)}", file=sys.stderr)
         if isinstance(error, OSError):
             _discard_output()
         return status
@@ -79,6 +81,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     # Typer's own complaints about the command line: it exports no class for them, but all have these two.
     format_message, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if callable(format_message) and isinstance(exit_code, int):
+        if not str(format_message()):
+            return "", exit_code  # the help was shown instead
         return f"{str(format_message()).rstrip('.')}: `kvpsi --help` shows how to call it.", exit_code
     if isinstance(error, OSError):
         what = f" {error.filename!r}" if error.filename else " its output"

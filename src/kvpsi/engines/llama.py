@@ -266,6 +266,12 @@ def govern_with(
     instrument: Instrument | None = None,
 ) -> GovernedLlama:
     """`govern` with a cache of one's own choice, such as `make_rebuilt`."""
+    if not isinstance(llm, llama_cpp.Llama):
+        raise UsageError(
+            f"govern needs a llama_cpp.Llama, not {type(llm).__name__}; load the model with llama_cpp first."
+        )
+    if not llm.ctx:
+        raise UsageError("This model is closed; load it again before it is governed.")
     share = _valid_share(cache_limit if cache_limit is not None else _default_cache_limit)
     with _registry_lock:
         if any(g.llm is llm for g in _registry):

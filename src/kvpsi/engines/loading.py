@@ -137,15 +137,17 @@ def fitting_context(
     if needed > (load.n_ctx or longest):
         limit = f"-c {load.n_ctx}" if load.n_ctx else f"the {longest} tokens that the model was trained for"
         raise PromptTooLongError(
-            f"The prompt has {known.prompt_tokens} tokens and with {n_predict} to generate needs {needed}, more than "
-            f"{limit}; shorten it, or raise -c{'' if load.n_ctx else ' beyond that at the cost of quality'}."
+            f"The prompt has {known.prompt_tokens} tokens and with {n_predict} to generate and {template_tokens} for "
+            f"the chat format needs {needed}, more than {limit}; "
+            f"shorten it, or raise -c{'' if load.n_ctx else ' beyond that at the cost of quality'}."
         )
-    wanted = load.n_ctx or min(longest, max(needed, 4096))
+    wanted = min(load.n_ctx, max(longest, needed)) if load.n_ctx else min(longest, max(needed, 4096))
     per_token = max(1, cache_bytes_per_token(known.metadata, load.kv_type))
     spare = room.available_bytes - law.low_for(room.limit_bytes)
     fits = max(0, spare) // per_token // _CONTEXT_STEP * _CONTEXT_STEP
     if fits >= wanted:
-        return wanted, None
+        beyond = f"the context has {wanted} tokens, all that the model was trained for" if wanted < load.n_ctx else None
+        return wanted, beyond
     if fits >= needed:
         return fits, (
             f"the context has {fits} instead of {wanted} tokens, as only {format_bytes(max(0, spare))} of memory "
@@ -153,7 +155,9 @@ def fitting_context(
         )
     raise EnvironmentProblem(
         f"The cache for {needed} tokens takes {format_bytes(needed * per_token)} at start, but only "
-        f"{format_bytes(max(0, spare))} can be spared; free memory, shorten the prompt, or use --kv-type q8_0."
+        f"{format_bytes(max(0, spare))} can be spared beside the reserve of "
+        f"{format_bytes(law.low_for(room.limit_bytes))}; free memory, lower --reserve, shorten the prompt, or "
+        "use --kv-type q8_0."
     )
 
 
