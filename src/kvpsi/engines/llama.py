@@ -93,7 +93,7 @@ class GovernedLlama:
         """Stop governing and put the model's own methods back; the model keeps working. May be called twice.
 
         Raises:
-            RebuildError: the context is being resized and cannot be made; it is still governed, so try again.
+            RebuildError: the context is being resized and cannot be made; the tokens are kept, so close it again later.
         """
         self._end(self._restore_capacity)
 
