@@ -365,14 +365,6 @@ def test_an_empty_range_moves_nothing_not_even_the_head() -> None:
         assert cells.head == 8
 
 
-def test_loading_a_whole_context_fills_the_first_cells() -> None:
-    cells = filled(8, 5)
-    cells.load([7, 8, 3], [(0,), (0, 1), (1,)])
-    assert cells.pos.tolist()[:3] == [7, 8, 3]
-    assert (cells.used, cells.head) == (3, 0)
-    assert cells.cells_of(1).tolist() == [1, 2]
-
-
 @given(st.lists(st.booleans(), max_size=30))
 def test_runs_are_the_true_ranges(mask: list[bool]) -> None:
     found = runs(np.array(mask, dtype=np.bool_))

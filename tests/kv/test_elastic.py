@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,7 @@ def watch_commits(cache: ElasticCache) -> list[list[list[int]]]:
             _mine.append([p.stream * n_cells + c for p in placements for c in p.cells.tolist()])
             type(_tracker).commit(_tracker, tokens, placements)
 
-        def commit_one(spot: Any, *args: Any, _tracker: Any = tracker, _mine: Any = mine) -> None:
-            _mine.append([spot.stream * _tracker.section.n_cells + spot.cell])
-            type(_tracker).commit_one(_tracker, spot, *args)
-
-        tracker.commit, tracker.commit_one = commit, commit_one
+        tracker.commit = commit
     return recorded
 
 
@@ -267,10 +264,17 @@ def test_every_predicted_cell_is_the_one_that_llama_cpp_wrote(
                 cache.seq_rm(seq_id, -1, -1)
                 continue
             assert code == 0
-            assert cache.distrust_reason is None, f"step {step}"
+            alone = rng.randrange(shape.n_seq)
+            for _ in range(rng.choice([0, 0, 5, 70])):
+                start = llama_cpp.llama_memory_seq_pos_max(memory, alone) + 1
+                if code == 0:
+                    code = decode(cache, text(1, start, alone))
+            with cache.exclusively():
+                assert cache.distrust_reason is None, f"step {step}"
             for layer, mine in zip(layers, recorded, strict=True):
                 real = truth.take(layer)
-                assert mine == real, f"step {step}, layer {layer}"
+                # tokens that came one by one are recorded together
+                assert list(chain(*mine)) == list(chain(*real)), f"step {step}, layer {layer}"
                 cells += sum(map(len, real))
                 mine.clear()
         assert cells > 400

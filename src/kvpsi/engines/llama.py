@@ -62,7 +62,6 @@ class GovernedLlama:
         self.cache = cache
         self.governor = governor
         self._attached = Attachment()
-        self._peak_cells = cache.committed_cells
         self._closed = False
 
     def set_cache_limit(self, share: float) -> None:
@@ -77,7 +76,7 @@ class GovernedLlama:
         return Summary(
             capacity_bytes=cache.capacity_bytes,
             resident_bytes=resident,
-            peak_resident_bytes=max(resident, self._peak_cells * cache.bytes_per_cell),
+            peak_resident_bytes=max(resident, cache.peak_cells * cache.bytes_per_cell),
             limit_bytes=cache.allowed_cells * cache.bytes_per_cell,
             releases=cache.releases,
             trims=cache.trims,
@@ -155,7 +154,6 @@ class GovernedLlama:
 
     def _decode(self, batch: Any) -> None:
         code = self.cache.decode(batch.batch, divisible=True)
-        self._peak_cells = max(self._peak_cells, self.cache.committed_cells)
         if code != 0:
             raise RuntimeError(f"llama_decode returned {code}")
 

@@ -8,7 +8,7 @@ until the cache has been cleared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,6 @@ class StreamCells:
         self.held_pos: IntArray = np.full(n_cells, EMPTY, dtype=np.int32)
         self.head = 0
         self.used = 0
-        self.last_pos = -1  # no position held is larger; one that was removed may have been
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -89,6 +88,14 @@ class StreamCells:
             chosen = np.concatenate([chosen, np.flatnonzero(usable[:head])[: n_tokens - chosen.size]])
         return chosen.astype(np.int32) if chosen.size == n_tokens else None
 
+    def free_ahead(self, most: int) -> IntArray:
+        """The cells, at most so many, that `find` would give to single tokens without searching."""
+        if self.head > self.used + 2:
+            return np.empty(0, dtype=np.int32)
+        ahead = self.pos[self.head : self.head + most] == EMPTY
+        n = len(ahead) if ahead.all() else int(ahead.argmin())
+        return np.arange(self.head, self.head + n, dtype=np.int32)
+
     def _outside_window(self) -> BoolArray:
         """Cells of exactly one sequence that its sliding window has left behind: they may be overwritten."""
         mask = np.zeros(self.n_cells, dtype=np.bool_)
@@ -115,23 +122,12 @@ class StreamCells:
         else:
             for cell, owners in zip(cells, seqs, strict=True):
                 self.owner[cell, list(owners)] = True
-        self.last_pos = max(self.last_pos, int(pos.max()))
         self.used += len(cells)
         for seq_id, last in overwritten.items():
             first = self.pos_min(seq_id)
             if 0 <= first <= last:
                 self.seq_rm(seq_id, first, last + 1)
         self.head = int(cells[-1]) + 1
-
-    def place_one(self, cell: int, pos: int, seqs: Sequence[int], token: int) -> None:
-        """`place` of a single token in a free cell."""
-        self.pos[cell] = self.held_pos[cell] = pos
-        self.token[cell] = token
-        for seq_id in seqs:
-            self.owner[cell, seq_id] = True
-        self.last_pos = max(self.last_pos, pos)
-        self.used += 1
-        self.head = cell + 1
 
     # -- taking tokens out ---------------------------------------------------------------------------------------
 
@@ -155,8 +151,6 @@ class StreamCells:
 
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> IntArray:
         """Take positions [p0, p1) from a sequence (-1: from all); returns the cells that became free."""
-        if p0 > self.last_pos:
-            return np.empty(0, dtype=np.int32)
         mask = self.in_range(p0, p1)
         if seq_id < 0:
             return self._freed(np.flatnonzero(mask).astype(np.int32))
@@ -188,7 +182,6 @@ class StreamCells:
             return np.empty(0, dtype=np.int32)
         moved = np.flatnonzero(self.in_range(p0, p1) & self.owner[:, seq_id])
         self.pos[moved] += shift
-        self.last_pos = max(self.last_pos, self.last_pos + shift)
         gone = moved[self.pos[moved] < 0].astype(np.int32)
         if gone.size:
             self._clear_cells(gone)
@@ -213,7 +206,6 @@ class StreamCells:
         self.token[:] = other.token
         self.held_pos[:] = other.held_pos
         self.used = int(mine.sum())
-        self.last_pos = other.last_pos
         self.head = other.head
 
     def clear(self) -> None:
@@ -222,16 +214,6 @@ class StreamCells:
         self.owner[:] = False
         self.head = 0
         self.used = 0
-        self.last_pos = -1
-
-    def load(self, pos: Iterable[int], owners: Sequence[Sequence[int]]) -> None:
-        """Become the result of restoring a whole context: cells 0..n-1 in the order given."""
-        self.clear()
-        for cell, (p, seqs) in enumerate(zip(pos, owners, strict=True)):
-            self.pos[cell] = p
-            self.owner[cell, list(seqs)] = True
-            self.used += 1
-        self.token[:] = UNKNOWN_TOKEN
 
 
 class CellMirror:
@@ -257,8 +239,8 @@ class CellMirror:
 
     @property
     def last_pos(self) -> int:
-        """No position held in any stream is larger."""
-        return self.streams[0].last_pos if self.n_stream == 1 else max(s.last_pos for s in self.streams)
+        """Largest position held in any stream, -1 if none is."""
+        return max(int(s.pos.max()) for s in self.streams)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -17,7 +17,7 @@ from kvpsi.errors import LayoutError
 from kvpsi.governor.law import CacheStatus
 from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
-from kvpsi.kv.cells import UNKNOWN_TOKEN, IntArray, Placement, StreamCells
+from kvpsi.kv.cells import UNKNOWN_TOKEN, IntArray, StreamCells
 from kvpsi.kv.gated import (
     DECODE_ABORTED,
     DECODE_INVALID,
@@ -32,14 +32,12 @@ from kvpsi.kv.gated import (
 from kvpsi.kv.layout import discover
 from kvpsi.kv.policies import EvictionPolicy, Streaming
 from kvpsi.kv.policies.base import CellView, view_of
+from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, parse_state
 from kvpsi.kv.tracker import NOTHING, Micro, Release, SectionTracker
-from kvpsi.kv.ubatch import Tokens, split_equal, split_simple
+from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
 
 log = logging.getLogger("kvpsi")
-
-Plans = list[list[list[Placement]] | None]
-"""For each cache: for each micro-batch, where its groups go; None where no room is foreseen."""
 
 
 class ElasticCache(GatedCache):
@@ -76,6 +74,7 @@ class ElasticCache(GatedCache):
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
         self._closed = False
+        self._run: Run | None = None
         self.release_slack()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -88,7 +87,8 @@ class ElasticCache(GatedCache):
     @property
     def used_cells(self) -> int:
         """Cells that hold a token."""
-        return self.trackers[0].mirror.used
+        run = self._run
+        return self.trackers[0].mirror.used + (len(run.positions) if run else 0)
 
     @property
     def committed_cells(self) -> int:
@@ -129,6 +129,7 @@ class ElasticCache(GatedCache):
     def _tail(self) -> int:
         return max(self.settings.tail, self._n_swa)
 
+    @exclusive
     def first_gap(self, seq_id: int) -> int:
         """First position that a sequence has lost (or not reached yet): what is before it is complete."""
         stream = self.trackers[0].mirror.stream_of(seq_id)
@@ -164,11 +165,51 @@ class ElasticCache(GatedCache):
     def _next_pos(self, batch: llama_cpp.llama_batch) -> int:
         return 0 if batch.pos else self.trackers[0].mirror.stream_of(0).pos_max(0) + 1
 
+    @property
+    def _gate(self) -> tuple[int, int]:
+        return self.limit_cells, self.cap_cells
+
+    def decode(self, batch: llama_cpp.llama_batch, *, divisible: bool = False) -> int:
+        """`llama_decode`, through the allocation gate; see `GatedCache.decode`."""
+        with self._busy:
+            run = self._run
+            if run is not None and batch.n_tokens == 1 and run.gate == self._gate:
+                token = run.next(batch)
+                if token is not None:
+                    return self._decode_next(run, batch, token)
+            return super().decode(batch, divisible=divisible)
+
+    def _decode_next(self, run: Run, batch: llama_cpp.llama_batch, token: tuple[int, int]) -> int:
+        """One more token of a run: where it goes is known, and nothing else needs to be known until the run ends."""
+        try:
+            code = int(llama_cpp.llama_decode(self.ctx, batch))
+            if code == DECODE_OK:
+                run.add(token)
+        except BaseException:
+            self._broken_off()
+            raise
+        if code != DECODE_OK:
+            self._settle()
+            tokens = read_batch(batch, 0)
+            micro = self._split(tokens)
+            self._record(code, tokens, micro, [t.plan(tokens, micro) for t in self.trackers], [])
+        return code
+
+    def _settle(self) -> None:
+        """End the run: check that all its tokens went where they had to, and record them."""
+        run, self._run = self._run, None
+        if run is None or not run.positions:
+            return
+        tokens, plans, before = run.record()
+        self._commit(tokens, plans, before)
+        self._note_peak()
+
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
         if len(tokens) == 1 and self.trusted and not self._rewritten:
-            code = self._decode_one(batch, tokens)
-            if code is not None:
-                return code
+            self._run = open_run(self.trackers, tokens.seqs[0], self._gate, self._room_cells())
+            token = self._run.next(batch) if self._run else None
+            if self._run and token:
+                return self._decode_next(self._run, batch, token)
         micro = self._split(tokens)
         plans = [t.plan(tokens, micro) for t in self.trackers] if self.trusted else []
         if len(self.trackers) > 1 and any(p is None for p in plans):
@@ -187,25 +228,6 @@ class ElasticCache(GatedCache):
             self.release_slack()
         return code
 
-    def _decode_one(self, batch: llama_cpp.llama_batch, tokens: Tokens) -> int | None:
-        """The short way for a single token that goes to the cell at the head; None where it takes the long way."""
-        seqs = tokens.seqs[0]
-        spots = [s for t in self.trackers if (s := t.spot(seqs[0])) is not None]
-        if len(spots) < len(self.trackers):
-            return None
-        before = [t.key_row(s) for t, s in zip(self.trackers, spots, strict=True)]
-        code = int(llama_cpp.llama_decode(self.ctx, batch))
-        if code == DECODE_OK and all(
-            t.key_row(s) != row for t, s, row in zip(self.trackers, spots, before, strict=True)
-        ):
-            token, pos = int(tokens.token[0]), int(tokens.pos[0])
-            for tracker, spot in zip(self.trackers, spots, strict=True):
-                tracker.commit_one(spot, pos, seqs, token)
-        else:
-            plans: Plans = [[[Placement(s.stream, np.array([s.cell]), np.array([0]))]] for s in spots]
-            self._record(code, tokens, [[np.array([0])]], plans, [[row] for row in before])
-        return code
-
     def _record(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[list[bytes]]) -> None:
         """Bring the mirrors up to date with what the decode did."""
         if code == DECODE_OK:
@@ -218,6 +240,7 @@ class ElasticCache(GatedCache):
             self._distrust(f"llama_decode returned {code}, after which the cells in use are not known")
 
     def _broken_off(self) -> None:
+        self._settle()
         if self.trusted:
             self._agrees()
 
@@ -266,14 +289,18 @@ class ElasticCache(GatedCache):
         self._rewritten = self._copying = False
         self.release_slack()
 
-    @exclusive
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """`llama_memory_seq_rm`."""
-        done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
-        if done and p0 <= self.trackers[0].mirror.last_pos:  # Llama.eval removes what is not there before every token
-            self._each_stream(seq_id, lambda s: s.seq_rm(seq_id, p0, p1))
-            self._release_if_worthwhile()
-        return done
+        with self._busy:
+            if self._run is not None and p0 > self._run.last_pos:
+                # Llama.eval removes what is not there before every token
+                return bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+            self._settle()
+            done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+            if done:
+                self._each_stream(seq_id, lambda s: s.seq_rm(seq_id, p0, p1))
+                self._release_if_worthwhile()
+            return done
 
     @exclusive
     def seq_keep(self, seq_id: int) -> None:
@@ -389,10 +416,14 @@ class ElasticCache(GatedCache):
 
     # -- the gate and eviction -----------------------------------------------------------------------------------
 
+    def _room_cells(self) -> int:
+        """Cells that may be taken before anything has to go."""
+        if min(self._gate) >= self._n_cells or not self.trusted:
+            return self._n_cells  # a cache that is full of its own accord is llama.cpp's to refuse
+        return self.allowed_cells - self.used_cells
+
     def _make_room(self, n_tokens: int) -> None:
-        if min(self.limit_cells, self.cap_cells) >= self._n_cells or not self.trusted:
-            return  # a cache that is full of its own accord is llama.cpp's to refuse
-        missing = self.used_cells + n_tokens - self.allowed_cells
+        missing = n_tokens - self._room_cells()
         if missing <= 0:
             return
         may_go = sum(int(self._view(stream).evictable.sum()) for stream in self.trackers[0].mirror.streams)
@@ -428,8 +459,8 @@ class ElasticCache(GatedCache):
         cells = self.trackers[0].mirror.streams[stream]
         owner, pos = cells.owner[chosen], cells.pos[chosen]
         for seq_id in np.flatnonzero(owner.any(axis=0)):
-            mine = np.sort(pos[owner[:, seq_id]])
-            held = np.sort(cells.pos[cells.cells_of(int(seq_id))])
+            mine = np.sort(pos[owner[:, seq_id]], kind="stable")  # fast, as they mostly are in order
+            held = np.sort(cells.pos[cells.cells_of(int(seq_id))], kind="stable")
             for first, last in _ranges(mine, held):
                 llama_cpp.llama_memory_seq_rm(self._memory, int(seq_id), first, last + 1)
                 s, a, b = int(seq_id), first, last + 1

@@ -32,6 +32,7 @@ def exclusive(operation: Callable[Concatenate[C, P], R]) -> Callable[Concatenate
     @functools.wraps(operation)
     def locked(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._busy:
+            self._settle()
             return operation(self, *args, **kwargs)
 
     return locked
@@ -108,6 +109,7 @@ class GatedCache(ABC):
         self.interrupts = 0
         self.returned_bytes = 0
         self.limit_cells = self.cap_cells = self.n_cells
+        self._peak_cells = 0
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,14 @@ class GatedCache(ABC):
     @abstractmethod
     def committed_cells(self) -> int:
         """Cells whose memory is not available to others."""
+
+    @property
+    def peak_cells(self) -> int:
+        """The most cells whose memory was ever not available to others, after a decode."""
+        return max(self._peak_cells, self.committed_cells)
+
+    def _note_peak(self) -> None:
+        self._peak_cells = self.peak_cells
 
     @property
     @abstractmethod
@@ -190,7 +200,11 @@ class GatedCache(ABC):
     def exclusively(self) -> Iterator[None]:
         """Keep a governor's thread out for a while, as all operations of this object do."""
         with self._busy:
+            self._settle()
             yield
+
+    def _settle(self) -> None:  # noqa: B027 - most caches record every token at once
+        """Bring up to date what is known of the cells, before anything but another single token uses it."""
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -239,6 +253,7 @@ class GatedCache(ABC):
                 continue
             if code != DECODE_OK:
                 return code
+            self._note_peak()
             start += size
         return DECODE_OK
 

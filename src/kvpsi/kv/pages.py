@@ -56,6 +56,11 @@ def whole_pages(start: int, end: int) -> Mapping | None:
     return Mapping(first, last) if last > first else None
 
 
+def pages_around(start: int, end: int) -> Mapping:
+    """The whole pages that [start, end) touches."""
+    return Mapping(start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
+
+
 def release(ranges: Sequence[Mapping]) -> None:
     """Give whole pages back to the kernel; they read as zeros until written again (madvise(2), MADV_DONTNEED).
 
@@ -111,12 +116,14 @@ def set_apart(pages: Mapping, apart: bool = True) -> bool:
     return bool(_madvise(pages.start, pages.n_bytes, _MADV_DONTDUMP if apart else _MADV_DODUMP) == 0)
 
 
-def present_bytes(pages: Mapping) -> int:
-    """Bytes of a range that are in memory, from mincore(2); pages that were only ever read count too."""
-    flags = (ctypes.c_ubyte * (pages.n_bytes // PAGE_BYTES))()
-    if _mincore(pages.start, pages.n_bytes, ctypes.addressof(flags)) != 0:
-        return 0
-    return int((np.ctypeslib.as_array(flags) & 1).sum()) * PAGE_BYTES
+def present_bytes(ranges: Sequence[Mapping]) -> int:
+    """Bytes of whole pages that are in memory, from mincore(2); pages that were only ever read count too."""
+    flags = np.zeros(sum(pages.n_bytes for pages in ranges) // PAGE_BYTES, dtype=np.uint8)
+    address = flags.ctypes.data
+    for pages in ranges:
+        _mincore(pages.start, pages.n_bytes, address)  # where it fails the flags stay 0
+        address += pages.n_bytes // PAGE_BYTES
+    return int(np.count_nonzero(flags & 1)) * PAGE_BYTES
 
 
 def _smaps_blocks(text: Iterable[str]) -> Iterator[tuple[Mapping, dict[str, int]]]:

@@ -7,12 +7,13 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from kvpsi.kv import pages
-from kvpsi.kv.cells import EMPTY, UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
+from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
 from kvpsi.kv.layout import Section
 from kvpsi.kv.ubatch import Index, Tokens
 
@@ -38,13 +39,6 @@ class Release:
             self.returned_bytes + other.returned_bytes,
             self.seconds + other.seconds,
         )
-
-
-class Spot(NamedTuple):
-    """One cell of one stream."""
-
-    stream: int
-    cell: int
 
 
 NOTHING = Release(0, 0, 0.0)
@@ -90,6 +84,12 @@ class SectionTracker:
                 self._place(mirror, tokens, placements)
             plan.append(placements)
         return plan
+
+    def free_ahead(self, seq_id: int, most: int) -> Placement:
+        """The cells that single tokens will take one after the other, at most so many; none if it takes a search."""
+        stream = 0 if self.mirror.n_stream == 1 else seq_id
+        cells = self.mirror.streams[stream].free_ahead(most)
+        return Placement(stream, cells, np.arange(len(cells)))
 
     @staticmethod
     def _place(mirror: CellMirror, tokens: Tokens, placements: Sequence[Placement]) -> None:
@@ -148,25 +148,6 @@ class SectionTracker:
                     at += 1
         return True
 
-    # -- the same for a single token, which most decodes are --------------------------------------------------------
-
-    def spot(self, seq_id: int) -> Spot | None:
-        """The cell of the next single token, None if it takes a search to find it."""
-        cells = self.mirror.stream_of(seq_id)
-        cell = cells.head
-        near = cell <= cells.used + 2 and cell < cells.n_cells and cells.pos[cell] == EMPTY
-        return Spot(0 if self.mirror.n_stream == 1 else seq_id, cell) if near else None
-
-    def key_row(self, spot: Spot) -> bytes:
-        """Layer 0's K row of one cell."""
-        plane = self.section.planes[spot.stream][0]
-        return ctypes.string_at(plane.base + spot.cell * plane.bytes_per_cell, plane.bytes_per_cell)
-
-    def commit_one(self, spot: Spot, pos: int, seqs: Sequence[int], token: int) -> None:
-        """Record that a single token went where it was predicted to go."""
-        self.mirror.streams[spot.stream].place_one(spot.cell, pos, seqs, token)
-        self.touched[spot.stream][spot.cell] = True
-
     # -- giving back ---------------------------------------------------------------------------------------------
 
     def slack_cells(self) -> int:
@@ -181,34 +162,52 @@ class SectionTracker:
         """
         started = time.perf_counter()
         requested = 0
-        ranges: list[tuple[int, int, bool]] = []
+        ranges: list[FreeBytes] = []
         for touched, cells, planes in zip(self.touched, self.mirror.streams, self.section.planes, strict=True):
             free = cells.free()
             slack = touched & free
             requested += int(slack.sum()) * self.section.bytes_per_cell
             for first, end in runs(free):
-                is_slack = bool(slack[first:end].any())
-                ranges += [
-                    (p.base + first * p.bytes_per_cell, p.base + end * p.bytes_per_cell, is_slack) for p in planes
-                ]
-        joined = _joined(ranges) if requested else []
-        spans = [span for start, stop in joined if (span := pages.whole_pages(start, stop)) is not None]
-        returned = sum(pages.present_bytes(span) for span in spans)
+                within = np.flatnonzero(slack[first:end])
+                slack_first, slack_end = (
+                    (first + int(within[0]), first + int(within[-1]) + 1) if within.size else (0, 0)
+                )
+                for p in planes:
+                    start, size = p.base, p.bytes_per_cell
+                    hull = (start + slack_first * size, start + slack_end * size) if within.size else None
+                    ranges.append(FreeBytes(start + first * size, start + end * size, hull))
+        spans = _spans(ranges) if requested else []
+        returned = pages.present_bytes(spans)
         pages.release(spans)
         for touched, cells in zip(self.touched, self.mirror.streams, strict=True):
             touched[cells.free()] = False
         return Release(requested, returned, time.perf_counter() - started)
 
 
-def _joined(ranges: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
-    """Free byte ranges, those that touch made one so that the page on their border goes, too; only with slack in them.
+class FreeBytes(NamedTuple):
+    """Bytes [start, end) of free cells of one plane; those written to since the last release lie within ``slack``."""
 
-    Nothing may lie between: without flash attention a few live cells are only a few bytes.
+    start: int
+    end: int
+    slack: tuple[int, int] | None
+
+
+def _spans(ranges: list[FreeBytes]) -> list[pages.Mapping]:
+    """The whole pages of free bytes in which there is slack.
+
+    Ranges that touch count as one, so that the page on their border goes, too. Nothing may lie between: without
+    flash attention a few live cells are only a few bytes.
     """
-    found: list[tuple[int, int, bool]] = []
-    for start, end, is_slack in sorted(ranges):
-        if found and start == found[-1][1]:
-            first, _, before = found.pop()
-            start, is_slack = first, is_slack or before
-        found.append((start, end, is_slack))
-    return [(start, end) for start, end, is_slack in found if is_slack]
+    joined: list[FreeBytes] = []
+    for r in sorted(ranges, key=itemgetter(0)):
+        if joined and r.start == joined[-1].end:
+            before = joined.pop()
+            hulls = [h for h in (before.slack, r.slack) if h]
+            r = FreeBytes(before.start, r.end, (hulls[0][0], hulls[-1][1]) if hulls else None)
+        joined.append(r)
+    spans = []
+    for start, end, slack in joined:
+        if slack:
+            around = pages.pages_around(*slack)
+            spans.append(pages.whole_pages(max(start, around.start), min(end, around.end)))
+    return [span for span in spans if span is not None]

@@ -60,8 +60,11 @@ class EvictionPolicy:
             return np.empty(0, dtype=np.int32)
         score = self.score(view)
         block = candidates // view.block_cells
-        ids, inverse, counts = np.unique(block, return_inverse=True, return_counts=True)
-        worth = np.bincount(inverse, weights=score[candidates]) / counts
-        order = np.argsort(worth, kind="stable")
-        enough = int(np.searchsorted(np.cumsum(counts[order]), n_cells)) + 1
-        return candidates[np.isin(block, ids[order[:enough]])].astype(np.int32)
+        counts = np.bincount(block)
+        ids = np.flatnonzero(counts)
+        worth = np.bincount(block, weights=score[candidates])[ids] / counts[ids]
+        ranked = ids[np.argsort(worth, kind="stable")]
+        enough = int(np.searchsorted(np.cumsum(counts[ranked]), n_cells)) + 1
+        goes = np.zeros(len(counts), dtype=np.bool_)
+        goes[ranked[:enough]] = True
+        return candidates[goes[block]].astype(np.int32)
