@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from kvpsi.kv.positions import Positions
+from kvpsi.kv.rebuild.positions import Positions
 
 BOUND = st.integers(-1, 40)
 CHANGES = st.lists(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -421,15 +422,17 @@ def test_a_sequence_changed_elsewhere_is_not_carried_over(default_model: Path) -
         assert cache.committed_cells == 512
 
 
+def test_a_cache_that_nobody_needs_does_not_hold_on_to_the_model(default_model: Path) -> None:
+    with opened(default_model, 256) as llm:
+        cache = RebuiltCache(llm._ctx, settings=SMALL)
+        alive = weakref.ref(cache)
+        del cache
+        assert alive() is None
+
+
 def test_other_sequences_are_refused(default_model: Path) -> None:
     with opened(default_model, 512) as llm, bare(llm, ManualClock()) as cache:
         with pytest.raises(UsageError, match="sequence 0 only"):
             cache.seq_cp(0, 1, 0, -1)
         with pytest.raises(UsageError, match="sequence 0 only"):
             cache.seq_add(1, 0, -1, 1)
-
-
-@pytest.mark.parametrize("wrong", [{"min_interval_s": -1.0}, {"min_step_share": 0.0}, {"min_step_share": 1.5}])
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        RebuildSettings(**wrong)
