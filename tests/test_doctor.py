@@ -45,9 +45,10 @@ def test_releasing_pages_is_really_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     assert memory.release().status == "fail"
 
 
-def test_elsewhere_than_on_linux_nothing_can_be_released(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_than_on_linux_the_context_is_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert memory.release().status == "fail"
+    finding = memory.release()
+    assert finding.status == "warn" and "rebuilt" in finding.fact and finding.fix
 
 
 def test_swap(tmp_path: Path) -> None:
@@ -141,6 +142,21 @@ def test_without_psi_the_fix_names_the_boot_option(tmp_path: Path) -> None:
     assert pressure.triggers(tmp_path).status == "warn"
 
 
+def test_the_trigger_is_that_of_the_own_cgroup_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEMORY_PRESSURE_WATCH", raising=False)
+    put(tmp_path, proc__self__cgroup="0::/mine\n", proc__pressure__memory="")
+    own = tmp_path / "sys/fs/cgroup/mine"
+    own.mkdir(parents=True)
+    for name in ("cgroup.procs", "cgroup.type", "memory.pressure"):
+        (own / name).touch()
+    (own.parent / "cgroup.procs").touch()
+    finding = pressure.triggers(tmp_path)
+    assert finding.status == "ok" and str(own / "memory.pressure") in finding.fact
+    (own / "memory.pressure").unlink()
+    finding = pressure.triggers(tmp_path)
+    assert finding.status == "ok" and "proc/pressure/memory" in finding.fact
+
+
 def test_llama_cpp_that_is_missing_broken_slow_or_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.llama_cpp().status == "ok"
     monkeypatch.setattr(runtime, "TESTED_BELOW", (0, 3, 36))
@@ -168,6 +184,23 @@ def test_the_default_model_is_looked_for(empty_cache: Path, monkeypatch: pytest.
     assert runtime.default_model().fix == "Run `kvpsi pull`."
     monkeypatch.setattr(runtime, "cached_model_path", lambda: Path("/there.gguf"))
     assert runtime.default_model() == Finding("default model", "ok", "/there.gguf")
+
+
+def test_a_model_cache_that_can_be_written(empty_cache: Path) -> None:
+    assert runtime.model_cache() == Finding("model cache", "ok", str(empty_cache))
+    assert not empty_cache.exists(), "looking makes nothing"
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "link", "/proc/none"])
+def test_a_model_cache_that_cannot_be_written_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("KVPSI_CACHE_DIR", str(tmp_path / where))
+    finding = runtime.model_cache()
+    assert finding.status == "warn" and "cannot be written" in finding.fact and "KVPSI_CACHE_DIR" in finding.fix
+    assert finding in examine()
 
 
 @pytest.mark.parametrize(("status", "exit_status"), [("warn", 0), ("fail", 1)])

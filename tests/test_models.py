@@ -409,6 +409,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ("hf:owner/repo/file.gguf", HubFile("owner/repo", "file.gguf")),
         ("hf:owner/repo/sub/file.gguf", HubFile("owner/repo", "sub/file.gguf")),
         ("owner/repo:file.gguf", HubFile("owner/repo", "file.gguf")),
+        ("https://huggingface.co/owner/repo/blob/main/file.gguf", HubFile("owner/repo", "file.gguf")),
+        ("http://hf.co/owner/repo/raw/main/a%20b.gguf#L1", HubFile("owner/repo", "a b.gguf")),
+        (
+            "huggingface.co/owner/repo/resolve/v1.0/sub/file.gguf?download=true",
+            HubFile("owner/repo", "sub/file.gguf", "v1.0"),
+        ),
         ("folder/file.gguf", None),
         ("/abs/file.gguf", None),
         ("owner/repo", None),
@@ -418,24 +424,72 @@ def test_hub_specs(spec: str, file: HubFile | None) -> None:
     assert parse_hub_spec(spec) == file
 
 
-@pytest.mark.parametrize("spec", ["hf:", "hf:owner/repo", "hf:owner/repo/file.bin", "hf:../../etc/passwd"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "hf:",
+        "hf:owner/repo",
+        "hf:owner/repo/file.bin",
+        "hf:../../etc/passwd",
+        "https://huggingface.co/owner/repo",
+        "https://huggingface.co/owner/repo/blob/main/README.md",
+        "https://huggingface.co/owner/repo/blob/main",
+        "https://example.com/owner/repo/blob/main/file.gguf",
+        "huggingface.co/owner/repo/file.gguf",
+    ],
+)
 def test_half_a_hub_spec_is_a_usage_error(spec: str) -> None:
     with pytest.raises(UsageError, match=r"hf:owner/repo/file\.gguf"):
         models.pull(spec)
 
 
-def hub_with(monkeypatch: pytest.MonkeyPatch, download: Callable[..., str]) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
+def hub_with(
+    monkeypatch: pytest.MonkeyPatch,
+    download: Callable[..., str],
+    reach: Callable[..., None] = lambda *_, **__: None,
+) -> None:
+    hub = types.SimpleNamespace(
+        hf_hub_download=download,
+        hf_hub_url=lambda repo_id, filename, revision: f"https://hub/{repo_id}/resolve/{revision}/{filename}",
+        get_hf_file_metadata=reach,
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
 
 def test_a_split_model_is_pulled_whole_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repo_id: str, filename: str) -> str:
-        assert repo_id == "o/r"
+    def download(repo_id: str, filename: str, revision: str) -> str:
+        assert (repo_id, revision) == ("o/r", "main")
         return str(write_gguf(tmp_path / filename, keys={**DEFAULT_KEYS, "split.count": 2}))
 
     hub_with(monkeypatch, download)
     assert models.pull("hf:o/r/m-00001-of-00002.gguf") == tmp_path / "m-00001-of-00002.gguf"
     assert (tmp_path / "m-00002-of-00002.gguf").exists()
+
+
+def test_where_the_hub_cannot_be_reached_what_was_fetched_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    def download(filename: str, local_files_only: bool = False, **_: str) -> str:
+        assert local_files_only, "would try for long"
+        return str(write_gguf(tmp_path / filename))
+
+    hub_with(monkeypatch, download, unreachable)
+    assert models.pull("o/r:m.gguf") == tmp_path / "m.gguf"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    environ = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    started_s = time.monotonic()
+    command = [sys.executable, "-m", "kvpsi", "pull", "hf:owner/repo/file.gguf"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90)
+    assert time.monotonic() - started_s < 15
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("kvpsi: ") and done.stderr.count("\n") == 1
+    assert "check the network connection" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -448,7 +502,7 @@ def test_a_split_model_is_pulled_whole_from_the_hub(tmp_path: Path, monkeypatch:
     ],
 )
 def test_what_fails_on_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, kind: str, complaint: str) -> None:
-    def download(**_: str) -> str:
+    def download(**_: object) -> str:
         raise type(kind, (Exception,), {})("long\nstory")
 
     hub_with(monkeypatch, download)

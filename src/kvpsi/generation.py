@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import llama_cpp
 
 from kvpsi.engines.llama import GovernedLlama, Summary
 from kvpsi.errors import PromptTooLongError, UsageError
+from kvpsi.kv import Forgotten, GatedCache
 from kvpsi.units import format_bytes
 
 
@@ -34,13 +36,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Figures of one answer; ``tokens_per_second`` counts from the first token on, the prompt has its own."""
+    """Figures of one answer; ``tokens_per_second`` counts from the first token on, the prompt has its own.
+
+    ``forgotten_tokens`` were taken from the model's context by evictions while it read and wrote.
+    """
 
     prompt_tokens: int
     generated_tokens: int
     prompt_seconds: float
     generate_seconds: float
     cache: Summary | None
+    forgotten_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -61,11 +67,34 @@ class Report:
         if self.cache is None:
             return f"{speed} · not governed"
         c = self.cache
+        forgotten = f", {self.forgotten_tokens} tokens forgotten" if self.forgotten_tokens else ""
         return (
             f"{speed} · KV resident {format_bytes(c.resident_bytes)} (peak {format_bytes(c.peak_resident_bytes)}, "
             f"full cache {format_bytes(c.capacity_bytes)}) · {c.releases} releases, "
-            f"{format_bytes(c.returned_bytes)} returned · {c.trims} trims · stall {c.stall_s:.2f} s"
+            f"{format_bytes(c.returned_bytes)} returned · {c.trims} trims{forgotten} · stall {c.stall_s:.2f} s"
         )
+
+
+class ForgottenTokens:
+    """Counts the tokens that a cache forgets while it is entered; who was told of them before still is."""
+
+    def __init__(self, cache: GatedCache) -> None:
+        self.n_tokens = 0
+        self._cache = cache
+        self._next: Callable[[Forgotten], None] | None = None
+
+    def __enter__(self) -> ForgottenTokens:
+        self._next = self._cache.on_forgotten
+        self._cache.on_forgotten = self._count
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cache.on_forgotten = self._next
+
+    def _count(self, lost: Forgotten) -> None:
+        self.n_tokens += lost.end_pos - lost.first_pos
+        if self._next is not None:
+            self._next(lost)
 
 
 class Answer:
@@ -83,17 +112,20 @@ class Answer:
         started = first = time.perf_counter()
         generated = 0
         held_before = 0
+        forgotten = ForgottenTokens(self._governed.cache) if self._governed else None
         try:
-            for piece in self._pieces(s):
-                if not generated:
-                    first = time.perf_counter()
-                    held_before = self._llm.n_tokens
-                generated = self._llm.n_tokens - held_before + 1
-                yield piece
+            with forgotten or contextlib.nullcontext():
+                for piece in self._pieces(s):
+                    if not generated:
+                        first = time.perf_counter()
+                        held_before = self._llm.n_tokens
+                    generated = self._llm.n_tokens - held_before + 1
+                    yield piece
         finally:
             ended = time.perf_counter()
             summary = self._governed.summary() if self._governed else None
-            self.report = Report(held_before, generated, first - started, ended - first, summary)
+            n_forgotten = forgotten.n_tokens if forgotten else 0
+            self.report = Report(held_before, generated, first - started, ended - first, summary, n_forgotten)
 
     def _pieces(self, s: Sampling) -> Iterator[str]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -9,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvpsi.errors import CacheRefusedError
 from support.gguf_files import write_gguf
 
 pytestmark = pytest.mark.engine
@@ -24,6 +28,15 @@ SHORT = ["-n", "6", "-c", "512", "-t", "1"]
 def generate(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [*KVPSI, "generate", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *args: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for what is refused before a model is loaded or is replaced in the test."""
+    from kvpsi.cli.main import main
+
+    status = main(["generate", *args])
+    captured = capsys.readouterr()
+    return subprocess.CompletedProcess(args, status, captured.out, captured.err)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
@@ -52,6 +65,7 @@ def test_json_is_one_document_and_the_text_is_that_of_a_plain_run(default_model:
         "generated_tokens",
         "prompt_seconds",
         "generate_seconds",
+        "forgotten_tokens",
         "cache",
         "line",
     }
@@ -89,6 +103,55 @@ def test_a_prompt_from_standard_input_below_a_file(default_model: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prompt_tokens"] > 15
+
+
+def test_what_was_forgotten_is_said_and_counted(default_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    small = ["-c", "512", "-n", "40", "-t", "1", "--cache-limit", "45%", "--keep", "4", "--tail", "32"]
+    prompt = "The wind was strong and the sea was high. " * 30
+    done = generate(prompt, "-m", str(default_model), *small, "--min-prune", "16", "--log", str(log), "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    trims = [each for each in map(json.loads, log.read_text().splitlines()) if each["event"] == "trim"]
+    assert document["cache"]["trims"] == len(trims) > 0
+    assert document["forgotten_tokens"] == sum(trim["freed_cells"] for trim in trims) > 0
+    assert f"{document['forgotten_tokens']} tokens forgotten" in document["line"]
+
+
+def test_counting_what_is_forgotten_hides_it_from_nobody() -> None:
+    from kvpsi.generation import ForgottenTokens
+    from kvpsi.kv import Forgotten
+
+    seen: list[Forgotten] = []
+    cache = types.SimpleNamespace(on_forgotten=seen.append)
+    first, second = Forgotten(0, 16, 80), Forgotten(0, 100, 101)
+    with ForgottenTokens(cache) as forgotten:  # type: ignore[arg-type]
+        cache.on_forgotten(first)
+        cache.on_forgotten(second)
+    cache.on_forgotten(first)
+    assert forgotten.n_tokens == 65
+    assert seen == [first, second, first]
+
+
+@pytest.mark.parametrize(("keep", "warned"), [("300", True), ("16", False)])
+def test_settings_under_which_nothing_can_be_forgotten_are_remarked(
+    default_model: Path, keep: str, warned: bool
+) -> None:
+    done = generate("Hello", "-m", str(default_model), *SHORT, "--keep", keep, "--tail", "300")
+    assert done.returncode == 0, done.stderr
+    assert ("nothing can be forgotten: --keep 300 and --tail 300" in done.stderr) is warned
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_behind_the_log_ends_the_log_and_not_the_answer(default_model: Path, form: list[str]) -> None:
+    command = [*KVPSI, "generate", "Hello", "-m", str(default_model), *SHORT, "--log", "/dev/full", *form]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    assert done.returncode == 1
+    *answer, last = done.stdout.splitlines()
+    assert last == "kvpsi: The log /dev/full is incomplete (No space left on device); free space, or name another file."
+    assert "kvpsi: " not in "\n".join(answer[:-1]) and "instrument" not in done.stdout
+    assert answer[-1] == "}" if form else answer[-1].startswith("kvpsi: ") and "tok/s" in answer[-1]
 
 
 # -- what a user gets wrong ------------------------------------------------------------------------------------------
@@ -140,15 +203,16 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_refused(default_model
         (["--temp", "-1"], "-1"),
         (["--temp", "nan"], "nan"),
         (["--kv-type", "f64"], "f64"),
-        (["--keep", "-1"], "keep"),
-        (["--tail", "-1"], "tail"),
-        (["--min-prune", "0"], "min_prune"),
+        (["--keep", "-1"], "--keep"),
+        (["--tail", "-1"], "--tail"),
+        (["--min-prune", "0"], "--min-prune"),
+        (["--no-govern", "--log", "log.jsonl"], "--log"),
         (["--cache-limit", "0"], "'0'"),
         (["--cache-limit", "150%"], "150%"),
         (["--cache-limit", "lots"], "lots"),
         (["--reserve", "-5M"], "-5M"),
         (["--reserve", "much"], "much"),
-        (["--reserve", "2G", "--regrow-above", "1G"], "high_bytes"),
+        (["--reserve", "2G", "--regrow-above", "1G"], "--regrow-above 1G"),
         (["--regrow-above", "9999999T"], "9999999T"),
     ],
 )
@@ -160,6 +224,7 @@ def test_a_size_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str
     assert captured.out == ""
     assert captured.err.startswith("kvpsi: ") and captured.err.count("\n") == 1
     assert word in captured.err and "/nowhere" not in captured.err
+    assert "_bytes" not in captured.err and "min_prune" not in captured.err
 
 
 def test_files_that_cannot_be_used_are_refused(default_model: Path, tmp_path: Path) -> None:
@@ -174,6 +239,22 @@ def test_files_that_cannot_be_used_are_refused(default_model: Path, tmp_path: Pa
     assert_refused(generate("Hello", "-f", str(huge), "-m", str(default_model)), 2, "larger than")
     log = tmp_path / "no such folder" / "log.jsonl"
     assert_refused(generate("Hello", "-m", str(default_model), *SHORT, "--log", str(log)), 2, "log.jsonl")
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "NUL")])
+def test_a_file_without_a_text_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, word: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    assert_refused(run_here(capsys, "Hello", "-f", str(text), "-m", "/nowhere/model.gguf"), 2, word, "text.txt")
+
+
+def test_nul_bytes_on_standard_input_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\0b"))
+    assert_refused(run_here(capsys, "-", "-m", "/nowhere/model.gguf"), 2, "NUL")
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
@@ -193,6 +274,41 @@ def test_standard_input_that_is_no_text_is_refused(default_model: Path) -> None:
 def test_a_context_that_no_memory_is_left_for_is_refused(default_model: Path) -> None:
     done = generate("Hello", "-m", str(default_model), "-n", "8", "-t", "1", "--reserve", "1000T")
     assert_refused(done, 1, "can be spared")
+
+
+@pytest.mark.parametrize("error", [ValueError("Failed to create llama_context"), MemoryError()])
+def test_a_context_that_cannot_be_made_is_no_fault_of_the_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, default_model: Path, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("llama_cpp.Llama", fail)
+    done = run_here(capsys, "Hello", "-m", str(default_model), *SHORT)
+    assert_refused(done, 1, "A context of 512 tokens does not fit", "lower -c")
+
+
+def test_a_model_that_cannot_be_loaded_is_still_a_fault_of_the_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, default_model: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("Failed to load model from file")
+
+    monkeypatch.setattr("llama_cpp.Llama", fail)
+    assert_refused(run_here(capsys, "Hello", "-m", str(default_model), *SHORT), 2, "fetch the file again")
+
+
+def test_a_refusal_in_the_middle_begins_on_a_new_line_and_names_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, default_model: Path
+) -> None:
+    def pieces(*_: object) -> Iterator[str]:
+        yield "Once upon"
+        raise CacheRefusedError("lower keep and tail.")
+
+    monkeypatch.setattr("kvpsi.generation.Answer._pieces", pieces)
+    done = run_here(capsys, "Hello", "-m", str(default_model), *SHORT)
+    assert (done.returncode, done.stdout) == (1, "Once upon\n")
+    assert "--keep and --tail" in done.stderr and "--cache-limit" in done.stderr
 
 
 # -- being stopped ---------------------------------------------------------------------------------------------------

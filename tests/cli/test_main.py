@@ -40,18 +40,39 @@ def test_the_version_does_not_load_the_engine() -> None:
     assert done.stdout == f"kvpsi {__version__}\nFalse\n"
 
 
+def test_the_names_of_the_package_can_be_listed_without_the_engine() -> None:
+    code = (
+        "import sys, kvpsi; print(set(kvpsi.__all__) | {'__version__'} <= set(dir(kvpsi)), 'llama_cpp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True False\n"
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "doctor" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["--nonsense"], ["pull", "--nonsense"], ["pull", "a", "b"]])
-def test_a_wrong_command_line_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (["nonsense"], "kvpsi"),
+        (["--nonsense"], "kvpsi"),
+        (["pull", "--nonsense"], "kvpsi pull"),
+        (["pull", "a", "b"], "kvpsi pull"),
+        (["generate", "-c", "many"], "kvpsi generate"),
+        (["bench", "nonsense"], "kvpsi bench"),
+        (["bench", "elastic", "--nonsense"], "kvpsi bench elastic"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], args: list[str], command: str
+) -> None:
     assert cli.main(args) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("kvpsi: ") and captured.err.count("\n") == 1
-    assert "`kvpsi --help`" in captured.err
+    assert f"`{command} --help`" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,24 @@ import typer
 
 from kvpsi import models, units
 from kvpsi.cli.output import print_json
+from kvpsi.cli.prompt import whole_prompt
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.errors import CacheRefusedError, EnvironmentProblem, ModelFileError, UsageError
 
 if TYPE_CHECKING:
-    from kvpsi.engines.llama import GovernedLlama
+    import llama_cpp
 
-_LONGEST_FILE_BYTES = 64 << 20
+    from kvpsi.cli.eventlog import EventLog
+    from kvpsi.engines.llama import GovernedLlama
+    from kvpsi.engines.loading import LoadSettings, Preview
+    from kvpsi.generation import Answer, Report
+    from kvpsi.governor import LawSettings
+    from kvpsi.kv import CacheSettings
+
+_NO_ROOM = (
+    "There is no room for more tokens below the cache's limit, and no more may be forgotten; free memory, raise "
+    "--cache-limit, or lower --keep and --tail."
+)
 
 
 def generate(
@@ -44,70 +55,139 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a prompt, and print one line about speed and memory afterwards (on standard error)."""
-    from kvpsi.engines.loading import LoadSettings, fitting_context, open_llama, preview, show_errors_only
+    from kvpsi.cli.eventlog import EventLog
+    from kvpsi.engines.loading import LoadSettings, preview, show_errors_only
     from kvpsi.generation import Answer, Sampling
-    from kvpsi.governor import LawSettings
-    from kvpsi.kv import CacheSettings
-    from kvpsi.pressure import open_source
 
+    if log is not None and no_govern:
+        raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     load = LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type)
     sampling = Sampling(n_predict, temperature, seed, repeat_penalty)
-    cache = CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
-    law = LawSettings(low_bytes=_size_or_auto(reserve), high_bytes=_size_or_auto(regrow_above))
+    cache = _cache_settings(keep, tail, min_prune)
+    law = _law_settings(reserve, regrow_above)
     share = units.parse_share(cache_limit)
-    text = _whole_prompt(prompt, file)
+    text = whole_prompt(prompt, file)
 
     show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
-    if log is not None and any(log.exists() and used.exists() and log.samefile(used) for used in (path, file or path)):
-        raise UsageError(f"The log {log} would overwrite the model or the text; name another file.")
+    _refuse_overwriting(log, path, file or path)
     known = preview(path, text)
+    n_ctx = _fitting_context(path, known, n_predict, load, law)
+    with contextlib.ExitStack() as stack:
+        llm = stack.enter_context(contextlib.closing(_open(path, n_ctx, load)))
+        events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
+        governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, events))
+        answer = Answer(llm, governed, text, sampling)
+        written = _write(answer, governed, known.prompt_tokens, show=not json)
+    if answer.report is not None:
+        _tell(written, answer.report, json)
+    if events is not None:
+        events.raise_if_incomplete()
+
+
+def _cache_settings(keep: int, tail: int, min_prune: int) -> CacheSettings:
+    from kvpsi.kv import CacheSettings
+
+    for option, n_tokens, least in (("--keep", keep, 0), ("--tail", tail, 0), ("--min-prune", min_prune, 1)):
+        if n_tokens < least:
+            raise UsageError(f"{option} is {n_tokens} tokens, which cannot be; give {least} or more.")
+    return CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
+
+
+def _law_settings(reserve: str, regrow_above: str) -> LawSettings:
+    from kvpsi.governor import LawSettings
+
+    low_bytes, high_bytes = _size_or_auto(reserve), _size_or_auto(regrow_above)
+    if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
+        raise UsageError(
+            f"--regrow-above {regrow_above} is below --reserve {reserve}, so the cache would grow and shrink at once; "
+            "raise --regrow-above, or lower --reserve."
+        )
+    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes)
+
+
+def _size_or_auto(text: str) -> int | None:
+    return None if text == "auto" else units.parse_bytes(text)
+
+
+def _refuse_overwriting(log: Path | None, *inputs: Path) -> None:
+    if log is not None and any(log.exists() and each.exists() and log.samefile(each) for each in inputs):
+        raise UsageError(f"The log {log} would overwrite the model or the text; name another file.")
+
+
+def _fitting_context(path: Path, known: Preview, n_predict: int, load: LoadSettings, law: LawSettings) -> int:
+    """The context to open in tokens; a remark is made if it is not as large as it was asked for."""
+    from kvpsi.engines.loading import fitting_context
+    from kvpsi.pressure import open_source
+
     with contextlib.closing(open_source(working_set_file_bytes=path.stat().st_size)) as source:
         n_ctx, remark = fitting_context(known, n_predict, load, source.read().headroom, law)
     if remark:
         _say(remark)
-    with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(contextlib.closing(open_llama(path, n_ctx, load)))
-        governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, log))
-        answer = Answer(llm, governed, text, sampling)
-        pieces = []
-        with _reading_bar(governed, known.prompt_tokens) as done_reading:
-            for piece in answer:
-                done_reading()
-                pieces.append(piece)
-                if not json:
-                    print(piece, end="", flush=True)
-    if answer.report is None:
-        return
-    if json:
-        print_json({"text": "".join(pieces), **dataclasses.asdict(answer.report), "line": answer.report.line()})
-    else:
-        print(flush=True)
-        _say(answer.report.line())
+    return n_ctx
+
+
+def _open(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
+    """The model. Its file was looked at before, so what fails with the context fails for want of memory."""
+    from kvpsi.engines.loading import open_llama
+
+    try:
+        return open_llama(path, n_ctx, load)
+    except (MemoryError, ModelFileError) as error:
+        if isinstance(error, ModelFileError) and "llama_context" not in str(error.__cause__):
+            raise
+        other_type = f", or use --kv-type f16 if this model cannot have {load.kv_type}" if load.kv_type != "f16" else ""
+        raise EnvironmentProblem(
+            f"A context of {n_ctx} tokens does not fit into the memory that this process can get; lower -c or free "
+            f"memory{other_type}."
+        ) from error
 
 
 @contextlib.contextmanager
-def _governed(llm, share, law, cache, log: Path | None) -> Iterator[GovernedLlama | None]:  # type: ignore[no-untyped-def]
+def _governed(
+    llm: llama_cpp.Llama, share: float, law: LawSettings, cache: CacheSettings, events: EventLog | None
+) -> Iterator[GovernedLlama | None]:
     """The governed model, or None with a remark where its cache has to be left alone."""
     from kvpsi.engines.llama import govern
     from kvpsi.errors import LayoutError
-    from kvpsi.instrument import JsonLines
 
-    with contextlib.ExitStack() as stack:
-        instrument = None
-        if log is not None:
-            try:
-                instrument = JsonLines(stack.enter_context(log.open("w", encoding="utf-8")))
-            except OSError as error:
-                raise UsageError(f"The log {log} cannot be written ({error.strerror}); name another file.") from error
-        try:
-            governed = govern(llm, cache_limit=share, settings=law, cache_settings=cache, instrument=instrument)
-        except LayoutError as error:
-            _say(f"not governed: {error}")
-            yield None
-            return
-        yield stack.enter_context(governed)
+    try:
+        governed = govern(llm, cache_limit=share, settings=law, cache_settings=cache, instrument=events)
+    except LayoutError as error:
+        _say(f"not governed: {error}")
+        yield None
+        return
+    with governed:
+        n_cells = governed.cache.n_cells
+        if cache.keep + cache.tail >= n_cells:
+            _say(
+                f"nothing can be forgotten: --keep {cache.keep} and --tail {cache.tail} protect all {n_cells} tokens "
+                "of the context; lower them so that memory in use can be given back"
+            )
+        yield governed
+
+
+def _write(answer: Answer, governed: GovernedLlama | None, prompt_tokens: int, *, show: bool) -> str:
+    """The text of the answer, on standard output as it comes if ``show``; what follows begins on a new line."""
+    pieces: list[str] = []
+    try:
+        with _reading_bar(governed, prompt_tokens) as done_reading:
+            for piece in answer:
+                done_reading()
+                pieces.append(piece)
+                if show:
+                    print(piece, end="", flush=True)
+        if show:
+            print(flush=True)
+    except BaseException as error:
+        if show and pieces:
+            with contextlib.suppress(OSError):
+                print(flush=True)
+        if isinstance(error, CacheRefusedError):
+            raise CacheRefusedError(_NO_ROOM) from error
+        raise
+    return "".join(pieces)
 
 
 @contextlib.contextmanager
@@ -124,38 +204,11 @@ def _reading_bar(governed, n_tokens: int):  # type: ignore[no-untyped-def]
         yield bar.stop
 
 
-def _size_or_auto(text: str) -> int | None:
-    return None if text == "auto" else units.parse_bytes(text)
-
-
-def _whole_prompt(prompt: str, file: Path | None) -> str:
-    """The document, if any, and the prompt below it."""
-    try:
-        if prompt == "-":
-            prompt = sys.stdin.read()
-        prompt.encode("utf-8")  # what was no text comes as lone surrogates, depending on the locale
-    except UnicodeError as error:
-        raise UsageError("The prompt is not UTF-8 text; convert it first, for example with iconv.") from error
-    document = _read_document(file) if file is not None else ""
-    text = "\n\n".join(part.strip() for part in (document, prompt) if part.strip())
-    if not text:
-        raise UsageError("There is nothing to answer; give a prompt, as in: kvpsi generate 'What is a KV cache?'")
-    return text
-
-
-def _read_document(file: Path) -> str:
-    try:
-        if not file.is_file() and file.exists():
-            raise EnvironmentProblem(
-                f"{file} is not a regular file; name a text file, or give the text on standard input with -."
-            )
-        if file.stat().st_size > _LONGEST_FILE_BYTES:
-            raise UsageError(f"{file} is larger than {units.format_bytes(_LONGEST_FILE_BYTES)}; give a shorter text.")
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text; convert it first, for example with iconv.") from error
-    except OSError as error:
-        raise EnvironmentProblem(f"{file} cannot be read ({error.strerror}); check the path.") from error
+def _tell(text: str, report: Report, as_json: bool) -> None:
+    if as_json:
+        print_json({"text": text, **dataclasses.asdict(report), "line": report.line()})
+    else:
+        _say(report.line())
 
 
 def _say(sentence: str) -> None:

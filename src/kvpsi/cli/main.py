@@ -83,7 +83,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if callable(format_message) and isinstance(exit_code, int):
         if not str(format_message()):
             return "", exit_code  # the help was shown instead
-        return f"{str(format_message()).rstrip('.')}: `kvpsi --help` shows how to call it.", exit_code
+        command = getattr(getattr(error, "ctx", None), "command_path", "kvpsi")
+        return f"{str(format_message()).rstrip('.')}: `{command} --help` shows how to call it.", exit_code
     if isinstance(error, OSError):
         what = f" {error.filename!r}" if error.filename else " its output"
         return f"Could not read or write{what}: {error.strerror or error}.", 1

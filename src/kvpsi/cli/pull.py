@@ -18,7 +18,10 @@ _NAMES = ", ".join(models.MODELS)
 def pull(
     model: Annotated[
         str,
-        typer.Argument(help=f"default, {_NAMES}, hf:owner/repo/file.gguf, owner/repo:file.gguf or a local .gguf file"),
+        typer.Argument(
+            help=f"default, {_NAMES}, hf:owner/repo/file.gguf, owner/repo:file.gguf, the address of a file's page on "
+            "the Hugging Face hub, or a local .gguf file"
+        ),
     ] = "default",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

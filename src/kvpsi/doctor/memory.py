@@ -20,7 +20,10 @@ def release() -> Finding:
     name = "giving memory back"
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_DONTNEED"):
         return Finding(
-            name, "fail", "no madvise(MADV_DONTNEED) as Linux has it", "Run kvpsi on Linux to govern memory."
+            name,
+            "warn",
+            "no madvise(MADV_DONTNEED) as Linux has it, so the context is rebuilt in another size instead",
+            "Run kvpsi on Linux to give memory back page by page, which costs much less.",
         )
     size = _PROBE_PAGES * mmap.PAGESIZE
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:

@@ -39,10 +39,12 @@ def _psi(root: Path, synthetic: bool) -> Finding:
 
 
 def triggers(root: Path) -> Finding:
-    """Whether the kernel would wake kvpsi up; the trigger is disarmed again at once."""
-    from kvpsi.pressure import open_trigger
+    """Whether the kernel would wake a governor up, looked for as governing does; it is disarmed again at once."""
+    from kvpsi.pressure import open_best_trigger
+    from kvpsi.pressure.locate import locate_cgroups
 
-    trigger, sentence = open_trigger(root / _MEMORY_PRESSURE)
+    own = locate_cgroups(root).pressure
+    trigger, sentence = open_best_trigger(own.path if own else None, root)
     if trigger is None:
         fix = "Nothing to do: kvpsi polls instead, which costs little."
         return Finding("pressure triggers", "warn", sentence, fix)

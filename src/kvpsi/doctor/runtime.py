@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from kvpsi.doctor.finding import Finding
 from kvpsi.errors import KvpsiError
@@ -41,6 +44,27 @@ def llama_cpp(timeout_s: float = _IMPORT_LIMIT_S) -> Finding:
     if not TESTED_FROM <= _numbers(version) < TESTED_BELOW:
         return Finding(name, "warn", f"llama-cpp-python {version} was not tested with this kvpsi", fix)
     return Finding(name, "ok", f"llama-cpp-python {version}")
+
+
+def model_cache() -> Finding:
+    """Whether models can be stored; really tried, in the nearest folder that is there, and nothing is left."""
+    name = "model cache"
+    fix = "Set KVPSI_CACHE_DIR to a folder for models that can be written."
+    try:
+        folder = cache_dir() / "models"
+    except KvpsiError as error:
+        return Finding(name, "warn", str(error), fix)
+    try:
+        with tempfile.TemporaryFile(dir=_nearest_there(folder)) as probe:
+            probe.write(b"\xff")
+    except OSError as error:
+        return Finding(name, "warn", f"{folder} cannot be written ({error.strerror or error})", fix)
+    return Finding(name, "ok", str(folder))
+
+
+def _nearest_there(folder: Path) -> Path:
+    """The folder itself, or the one above it in which it would be made."""
+    return next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
 
 
 def default_model() -> Finding:

@@ -6,6 +6,8 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from kvpsi.errors import DownloadError, EnvironmentProblem, UsageError
 
@@ -14,15 +16,24 @@ _SPECS = (
     re.compile(rf"hf:{_REPO}[/:](?P<file>.+)", re.ASCII),
     re.compile(rf"{_REPO}:(?P<file>.+)", re.ASCII),
 )
+_HUB = r"(?:www\.)?(?:huggingface\.co|hf\.co)/"
+_PAGE = re.compile(
+    rf"(?:https?://)?{_HUB}{_REPO}/(?:blob|resolve|raw)/(?P<revision>[^/?#]+)/"
+    r"(?P<file>[^?#]+)(?:[?#].*)?",
+    re.ASCII,
+)
+_ADDRESS = re.compile(rf"(?:https?://|{_HUB}).*", re.IGNORECASE | re.DOTALL)
+_REACH_TIMEOUT_S = 5.0
 _FIRST_OF_MANY = re.compile(r"(?P<stem>.+)-00001-of-(?P<n_files>[0-9]{5})\.gguf", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file of a repository on the hub."""
+    """One file of a repository on the hub; ``revision`` is a branch, tag or commit."""
 
     repo: str
     file_name: str
+    revision: str = "main"
 
     def part_names(self) -> tuple[str, ...]:
         """The file itself, or all parts when it is the first part of a split model."""
@@ -34,7 +45,9 @@ class HubFile:
 
 
 def parse_hub_spec(spec: str) -> HubFile | None:
-    """``hf:owner/repo/file.gguf`` or ``owner/repo:file.gguf``; None when it is neither."""
+    """``hf:owner/repo/file.gguf``, ``owner/repo:file.gguf`` or the address of a file's page; None when it is none."""
+    if _ADDRESS.fullmatch(spec):
+        return _parse_address(spec)
     for pattern in _SPECS:
         match = pattern.fullmatch(spec)
         if match is not None and match["file"].endswith(".gguf"):
@@ -52,14 +65,33 @@ def fetch_hub(file: HubFile) -> Path:
         raise EnvironmentProblem(
             "Models from the Hugging Face hub need an extra package: run `pip install 'kvpsi[hub]'`."
         ) from error
+    huggingface_hub.hf_hub_download  # noqa: B018 - imported on first use, which sets the level of its logger anew
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry; one sentence is enough
-    paths = []
-    for name in file.part_names():
-        try:
-            paths.append(Path(huggingface_hub.hf_hub_download(repo_id=file.repo, filename=name)))
-        except Exception as error:  # which classes come here depends on the version of huggingface_hub
-            raise DownloadError(_explained(file, name, error)) from error
+    paths = [_fetch_part(huggingface_hub, file, name) for name in file.part_names()]
     return paths[0]
+
+
+def _fetch_part(hub: Any, file: HubFile, name: str) -> Path:
+    """One file. The hub is asked once first: without a network, hf_hub_download itself would try for half a minute."""
+    where = {"repo_id": file.repo, "filename": name, "revision": file.revision}
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(**where), timeout=_REACH_TIMEOUT_S)
+        return Path(hub.hf_hub_download(**where))
+    except Exception as error:  # which classes come here depends on the version of huggingface_hub
+        try:
+            return Path(hub.hf_hub_download(**where, local_files_only=True))
+        except Exception:  # not fetched before either
+            raise DownloadError(_explained(file, name, error)) from error
+
+
+def _parse_address(address: str) -> HubFile:
+    match = _PAGE.fullmatch(address)
+    if match is not None and match["file"].endswith(".gguf"):
+        return HubFile(match["repo"], unquote(match["file"]), unquote(match["revision"]))
+    raise UsageError(
+        f"{address!r} is not the address of a .gguf file on the Hugging Face hub: write it as hf:owner/repo/file.gguf, "
+        "or download the file and name its path."
+    )
 
 
 def _explained(file: HubFile, name: str, error: Exception) -> str:

@@ -69,8 +69,8 @@ def pull(spec: str | None = None, progress: ReportProgress | None = None, *, ver
     """Path of the model that ``spec`` names, fetched if need be and checked.
 
     ``spec`` is nothing or ``default``, a name in the catalog, ``hf:owner/repo/file.gguf``,
-    ``owner/repo:file.gguf``, or the path of a local file. With ``verify`` a cached named model is compared
-    with its SHA-256 too, and fetched again when it differs.
+    ``owner/repo:file.gguf``, the address of a file's page on the hub, or the path of a local file. With ``verify`` a
+    cached named model is compared with its SHA-256 too, and fetched again when it differs.
     """
     report: ReportProgress = progress if progress is not None else lambda _: None
     name = DEFAULT_MODEL.name if spec in (None, "", "default") else str(spec)
