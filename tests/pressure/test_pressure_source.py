@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,19 +62,24 @@ def test_rates_of_swapping_and_refaults(copy_tree: CopyTree) -> None:
     stat = root / "sys/fs/cgroup/system.slice/nvargus.service/memory.stat"
     stat.write_text(stat.read_text().replace("workingset_refault_file 20", "workingset_refault_file 70"))
     clock.advance(0.5)
+    assert source.read().refaults_s == 0.0, "while calm, rates are looked at every five seconds"
+    clock.advance(4.5)
     reading = source.read()
-    assert reading.swap.swap_in_bytes_s == pytest.approx(1000 * os.sysconf("SC_PAGE_SIZE"))
+    assert reading.swap.swap_in_bytes_s == pytest.approx(100 * os.sysconf("SC_PAGE_SIZE"))
     assert reading.swap.swap_out_bytes_s == 0.0
-    assert reading.refaults_s == pytest.approx(100.0)
+    assert reading.refaults_s == pytest.approx(10.0)
 
 
-def test_a_limit_that_changes_is_seen_at_once(copy_tree: CopyTree) -> None:
-    root = copy_tree("docker_cgroupns_v2")
-    source = LinuxSource(root, clock=ManualClock())
+def test_a_limit_that_changes_is_seen_at_once_and_a_new_one_within_a_second(copy_tree: CopyTree) -> None:
+    root, clock = copy_tree("docker_cgroupns_v2"), ManualClock()
+    source = LinuxSource(root, clock=clock)
     limit = root / "sys/fs/cgroup/memory.max"
+    limit.write_text(str(570 * MIB))
+    assert source.read().headroom.limit_bytes == 570 * MIB
     limit.write_text("max\n")
     assert [each.scope for each in source.read().headrooms] == ["system"]
     limit.write_text(str(560 * MIB))
+    clock.advance(1.0)
     assert source.read().headroom.limit_bytes == 560 * MIB
 
 
@@ -99,7 +105,7 @@ def test_a_moved_process_is_followed(copy_tree: CopyTree) -> None:
     mountinfo = root / "proc/4242/mountinfo"
     mountinfo.write_text(mountinfo.read_text().replace("/../..", "/"))
     (root / "proc/4242/cgroup").write_text("0::/machine.slice/other.scope\n")
-    clock.advance(0.1)
+    clock.advance(1.0)
     assert source.read().headroom.scope == "cgroup:/machine.slice/other.scope"
 
 
@@ -183,6 +189,57 @@ def test_unreadable_files(copy_tree: CopyTree, monkeypatch: pytest.MonkeyPatch) 
     assert any("last known" in problem for problem in reading.problems)
     monkeypatch.undo()
     assert source.read().problems == ()
+
+
+def test_a_tight_cgroup_that_fails_keeps_its_last_headroom(copy_tree: CopyTree) -> None:
+    root = copy_tree("docker_cgroupns_v2")
+    source = LinuxSource(root, clock=ManualClock())
+    before = source.read().headroom
+    (root / "sys/fs/cgroup/memory.current").write_text("nonsense\n")
+    reading = source.read()
+    assert (reading.headroom.scope, reading.headroom.available_bytes) == ("cgroup:/", before.available_bytes)
+    assert "The last known headroom of cgroup:/ is repeated." in reading.problems
+
+
+def test_a_cgroup_without_statistics_counts_no_cache(copy_tree: CopyTree) -> None:
+    root = copy_tree("docker_cgroupns_v2")
+    (root / "sys/fs/cgroup/memory.stat").write_text("rss 5\n")
+    source = LinuxSource(root, clock=ManualClock(), working_set_file_bytes=10 * MIB)
+    assert source.read().headroom.available_bytes == (600 - 550 - 10) * MIB
+    (root / "sys/fs/cgroup/memory.current").write_text(str(580 * MIB))
+    assert source.read().headroom.available_bytes == (600 - 580 - 10) * MIB
+
+
+def test_a_limit_that_cannot_be_seen_is_the_first_problem(copy_tree: CopyTree) -> None:
+    root = copy_tree("docker_cgroupns_v2")
+    (root / "sys/fs/cgroup/memory.max").write_text("nonsense\n")
+    reading = LinuxSource(root, clock=ManualClock()).read()
+    assert reading.headroom.scope == "system"
+    assert reading.problems[0].startswith("The headroom may be far too large")
+
+
+def test_while_calm_only_what_decides_is_read(copy_tree: CopyTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, clock, real_open, opened = copy_tree("docker_cgroupns_v2"), ManualClock(), os.open, []
+
+    def record(path: str, flags: int, *more: int) -> int:
+        opened.append(Path(path).relative_to(root).as_posix())
+        return real_open(path, flags, *more)
+
+    source = LinuxSource(root, clock=clock)
+    monkeypatch.setattr(os, "open", record)
+    clock.advance(0.25)
+    source.read()
+    assert not any(name.endswith(("cpu.pressure", "io.pressure", "vmstat", "proc/self/cgroup")) for name in opened)
+    assert {"sys/fs/cgroup/memory.current", "sys/fs/cgroup/memory.stat", "sys/fs/cgroup/memory.max"} <= set(opened)
+    opened.clear()
+    clock.advance(5.0)
+    source.read()
+    assert {"sys/fs/cgroup/io.pressure", "proc/self/cgroup", "proc/meminfo"} <= set(opened)
+
+
+def test_it_can_be_imported_where_there_is_no_fcntl() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import kvpsi.pressure"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ Sources: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvpsi.pressure._text import MalformedTextError, parse_count, parse_flat_keyed
 from kvpsi.pressure.cgroup import CgroupVersion
@@ -17,6 +17,12 @@ from kvpsi.pressure.system import refault_count
 
 # Version 1 prints "no limit" as the largest multiple of the page size that fits a signed 64-bit number.
 _NO_LIMIT_BYTES = 1 << 62
+
+# How long, while calm, one's own file that says "no limit" is believed, how long those of the cgroups above are, and
+# how old the statistics of a cgroup without a limit may be.
+NO_LIMIT_INTERVAL_S = 0.9
+NO_LIMIT_ABOVE_INTERVAL_S = 4.9
+CALM_STAT_INTERVAL_S = 4.9
 
 _REFAULT_KEYS = ("workingset_refault", "workingset_refault_file", "workingset_refault_anon")
 _STAT_KEYS_V2 = frozenset(
@@ -57,8 +63,7 @@ def parse_limit(text: str) -> int | None:
     return None if limit_bytes >= _NO_LIMIT_BYTES else limit_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryStat:
+class MemoryStat(NamedTuple):
     """What both versions of memory.stat say, under one set of names."""
 
     file_bytes: int
@@ -112,16 +117,16 @@ def reclaimable_bytes(stat: MemoryStat, working_set_file_bytes: int) -> int:
     return max(-working_set_file_bytes, cache_bytes - needed_bytes - unclean_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class CgroupMemorySample:
+class CgroupMemorySample(NamedTuple):
     """One look at a cgroup.
 
-    Without a limit, usage is not read; ``stat`` is read for the limited and for one's own.
+    Without a limit, usage is not read; ``stat`` is read for the limited and for one's own, at ``stat_s``.
     """
 
     limit_bytes: int | None
     usage_bytes: int
     stat: MemoryStat | None
+    stat_s: float
 
 
 class CgroupMemory:
@@ -130,23 +135,38 @@ class CgroupMemory:
     def __init__(self, directory: CgroupDirectory, *, keep_open: bool) -> None:
         self.directory = directory
         self.scope = f"cgroup:{directory.name}"
+        self.what = f"Memory of {self.scope}"
         names = _FILES_V2 if directory.version == 2 else _FILES_V1
         self._files = {role: HotFile(Path(directory.path, name), keep_open=keep_open) for role, name in names.items()}
+        self._limit_files = [self._files[role] for role in ("limit", "high") if role in self._files]
+        self._no_limit_s: dict[HotFile, float] = {}
+        self._last_stat: MemoryStat | None = None
+        self._stat_s = float("-inf")
 
-    def sample(self, memory_total_bytes: int | None) -> CgroupMemorySample:
-        """Limit, use and statistics now; a limit that the machine's memory cannot reach is none."""
-        limit_bytes = self._limit_bytes()
-        stat = None
+    def sample(self, memory_total_bytes: int | None, now_s: float, *, calm: bool = False) -> CgroupMemorySample:
+        """Limit, use and statistics now; a limit that the machine's memory cannot reach is none.
+
+        What has a limit is read in full every time. While calm, a file that said "no limit" is believed for
+        0.9 s (4.9 s above one's own cgroup), and the statistics of a cgroup without a limit may be 4.9 s old.
+        """
+        limit_bytes = self._limit_bytes(now_s, calm=calm)
+        stat, fresh = None, False
         if self.directory.own:
-            stat = self._stat()
-            if stat.hierarchical_limit_bytes is not None:
+            fresh = not (calm and 0.0 <= now_s - self._stat_s < CALM_STAT_INTERVAL_S)
+            stat = self._read_stat(now_s) if fresh else self._last_stat
+            if stat is not None and stat.hierarchical_limit_bytes is not None:
                 # Version 1 tells of limits above what a container can see.
                 hierarchical_bytes = stat.hierarchical_limit_bytes
                 limit_bytes = hierarchical_bytes if limit_bytes is None else min(limit_bytes, hierarchical_bytes)
         if limit_bytes is None or (memory_total_bytes is not None and limit_bytes >= memory_total_bytes):
-            return CgroupMemorySample(None, 0, stat)
-        usage_bytes = parse_count(self._files["usage"].read().strip(), "usage")
-        return CgroupMemorySample(limit_bytes, usage_bytes, stat or self._stat())
+            return CgroupMemorySample(None, 0, stat, self._stat_s)
+        usage_bytes = self._usage_bytes()
+        return CgroupMemorySample(limit_bytes, usage_bytes, stat if fresh else self._read_stat(now_s), now_s)
+
+    def without_cache(self) -> tuple[int, int] | None:
+        """Limit and use in bytes from their own files, for when the statistics fail; None without a limit."""
+        limit_bytes = self._limit_bytes()
+        return None if limit_bytes is None else (limit_bytes, self._usage_bytes())
 
     def swap(self) -> Swap | None:
         """The cgroup's own swap limit and use (rates are not known per cgroup); None where it has no limit.
@@ -162,21 +182,34 @@ class CgroupMemory:
             if memory_limit_bytes is None:
                 return None
             limit_bytes = max(0, limit_bytes - memory_limit_bytes)
-            used_bytes -= parse_count(self._files["usage"].read().strip(), "usage")
+            used_bytes -= self._usage_bytes()
         return Swap(total_bytes=limit_bytes, used_bytes=max(0, used_bytes), scope=self.scope)
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
-    def _limit_bytes(self) -> int | None:
-        limits = [parse_limit(self._files["limit"].read())]
-        if "high" in self._files:
-            limits.append(parse_limit(self._files["high"].read()))
-        return min((each for each in limits if each is not None), default=None)
+    def _limit_bytes(self, now_s: float = 0.0, *, calm: bool = False) -> int | None:
+        """The lowest limit in bytes; while calm without the files that lately said that there is none."""
+        lowest_bytes = None
+        believed_s = NO_LIMIT_INTERVAL_S if self.directory.own else NO_LIMIT_ABOVE_INTERVAL_S
+        for file in self._limit_files:
+            if calm and 0.0 <= now_s - self._no_limit_s.get(file, float("-inf")) < believed_s:
+                continue
+            limit_bytes = parse_limit(file.read())
+            if limit_bytes is None:
+                self._no_limit_s[file] = now_s
+            elif lowest_bytes is None or limit_bytes < lowest_bytes:
+                lowest_bytes = limit_bytes
+        return lowest_bytes
 
-    def _stat(self) -> MemoryStat:
-        return parse_memory_stat(self._files["stat"].read(), self.directory.version)
+    def _usage_bytes(self) -> int:
+        return parse_count(self._files["usage"].read().strip(), "usage")
+
+    def _read_stat(self, now_s: float) -> MemoryStat:
+        self._last_stat = parse_memory_stat(self._files["stat"].read(), self.directory.version)
+        self._stat_s = now_s
+        return self._last_stat
 
 
 _FILES_V2 = {

@@ -75,9 +75,16 @@ class StallMeter:
         self.scope = scope
         self._time_s: float | None = None
         self._totals_us: tuple[int, int | None] = (0, None)
+        self._last: tuple[PressureText, Stall] | None = None
 
     def measure(self, text: PressureText, now_s: float) -> Stall:
-        """The stall since the last call; shares are 0 at the first one and after a counter went backwards."""
+        """The stall since the last call; shares are 0 at the first one and after a counter went backwards.
+
+        The same object as last time, when that was calm, gives the same stall again: nothing is computed.
+        """
+        if self._last is not None and self._last[0] is text and _is_calm(self._last[1]):
+            self._time_s = now_s
+            return self._last[1]
         elapsed_us = 0.0 if self._time_s is None else (now_s - self._time_s) * 1e6
         some_before_us, full_before_us = self._totals_us
         some = _stall_line(text.some, some_before_us, elapsed_us)
@@ -87,7 +94,13 @@ class StallMeter:
             full = _stall_line(text.full, full_before_us, elapsed_us)
         self._time_s = now_s
         self._totals_us = (text.some.total_us, None if text.full is None else text.full.total_us)
-        return Stall(some=some, full=full, scope=self.scope)
+        stall = Stall(some=some, full=full, scope=self.scope)
+        self._last = (text, stall)
+        return stall
+
+
+def _is_calm(stall: Stall) -> bool:
+    return stall.some.share == 0.0 and (stall.full is None or stall.full.share == 0.0)
 
 
 def _stall_line(line: PressureLine, before_us: int | None, elapsed_us: float) -> StallLine:
@@ -99,4 +112,6 @@ def _stall_line(line: PressureLine, before_us: int | None, elapsed_us: float) ->
 
 def worst_stall(stalls: list[Stall]) -> Stall | None:
     """The one with the larger share of the last tick; between equals the larger avg10, then the first."""
+    if len(stalls) == 1:
+        return stalls[0]
     return max(stalls, key=lambda stall: (stall.some.share, stall.some.avg10), default=None)

@@ -71,7 +71,8 @@ class Reading:
     ``headroom`` is the tightest of all scopes looked at (they are all in ``headrooms``); ``memory``,
     ``cpu`` and ``io`` are the stalls with the largest ``some.share`` among the scopes (own cgroup and
     system). ``refaults_s`` is the rate of pages that had to be read again after the kernel dropped them,
-    None where the kernel does not say. ``problems`` lists, in plain sentences, what could not be read at
+    None where the kernel does not say. While calm, a source may repeat ``cpu``, ``io``, ``swap`` and
+    ``refaults_s`` for some seconds. ``problems`` lists, in plain sentences, what could not be read at
     this tick.
     """
 

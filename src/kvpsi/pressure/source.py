@@ -16,13 +16,13 @@ from typing import Literal, TypeVar
 
 from kvpsi.errors import PressureUnavailableError
 from kvpsi.pressure._text import MalformedTextError
-from kvpsi.pressure.cgmemory import CgroupMemory, CgroupMemorySample, reclaimable_bytes
+from kvpsi.pressure.cgmemory import NO_LIMIT_INTERVAL_S, CgroupMemory, CgroupMemorySample, reclaimable_bytes
 from kvpsi.pressure.files import HotFile
 from kvpsi.pressure.locate import Cgroups, locate_cgroups
 from kvpsi.pressure.psi import worst_stall
 from kvpsi.pressure.rates import CounterRate, Slope
-from kvpsi.pressure.reading import Headroom, Reading, Resource, Stall, Swap
-from kvpsi.pressure.stalls import RESOURCES, PressureFiles
+from kvpsi.pressure.reading import Headroom, Reading, Resource, ScopeName, Stall, Swap
+from kvpsi.pressure.stalls import PressureFiles
 from kvpsi.pressure.synthetic import SYNTHETIC_SCOPE, SyntheticStall
 from kvpsi.pressure.system import Meminfo, Vmstat, parse_meminfo, parse_vmstat, system_available_bytes
 
@@ -31,12 +31,25 @@ _T = TypeVar("_T")
 RELOCATE_INTERVAL_S = 30.0
 RETRY_INTERVAL_S = 1.0
 VMSTAT_INTERVAL_S = 0.1
+# While calm, what decides nothing (CPU, I/O, swap, refaults) is looked at every five seconds, and whether the
+# process was moved every second: a little less, because ticks are never exact.
+CALM_INTERVAL_S = 4.9
+MEMBERSHIP_INTERVAL_S = 0.9
+STALLED_SHARE = 0.01
+# The machine's memory need not be looked at at every tick while a cgroup is much tighter and this much is left: a
+# neighbour taking 1 GB/s could not use up a quarter of it in between.
+SYSTEM_INTERVAL_S = 0.9
+SYSTEM_FAR_BYTES = 4_000_000_000
+_UNKNOWN_STALL = Stall(scope=SYNTHETIC_SCOPE)
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EIO, errno.ENOTDIR)
 
 
 class LinuxSource:
     """Reads everything below ``root``; on the live root the files stay open.
 
+    Headroom and memory stall are new in every reading. While no task waits for memory, the rest may be up to five
+    seconds old: stalls of CPU and I/O, swap, refaults, limits above the own cgroup where there were none; and up to one
+    second: the own cgroup's limit where there was none, and the system's headroom where a cgroup's is much smaller.
     ``working_set_file_bytes`` is how much of the page cache this process needs again and again (the mapped
     weights); set it when it is known. Not thread-safe. Raises PressureUnavailableError when neither the
     system's memory nor a limited cgroup's can be read at the start; after that ``read`` never raises.
@@ -64,17 +77,30 @@ class LinuxSource:
         self._memory: list[CgroupMemory] = []
         self._cgroups = Cgroups()
         self._membership = ""
+        self._membership_s = float("-inf")
+        self._calm = False
         self._located_s: float | None = None
         self._relocate = False
         self._retry_s = float("-inf")
         self._slopes: dict[str, Slope] = {}
         self._vmstat: Vmstat | None = None
         self._vmstat_s: float | None = None
+        self._meminfo: Meminfo | None = None
+        self._meminfo_s = float("-inf")
+        self._samples: list[tuple[CgroupMemory, CgroupMemorySample | None]] = []
+        self._samples_s = float("-inf")
+        self._unlimited = False
+        self._slow_s = float("-inf")
+        self._cpu: Stall | None = None
+        self._io: Stall | None = None
+        self._swap = Swap()
+        self._refaults_s: float | None = None
         self._swap_in, self._swap_out, self._refaults = CounterRate(), CounterRate(), CounterRate()
         self._refaults_from = ""
         self._synthetic = SyntheticStall()
         self._time_s: float | None = None
         self._last_headroom: Headroom | None = None
+        self._last_headrooms: dict[str, Headroom] = {}
         self._problems: list[str] = []
         self.read()
 
@@ -86,6 +112,7 @@ class LinuxSource:
     @working_set_file_bytes.setter
     def working_set_file_bytes(self, value: int) -> None:
         self._working_set_file_bytes = max(0, value)
+        self._meminfo_s = float("-inf")
         for slope in self._slopes.values():
             slope.reset()
 
@@ -100,30 +127,34 @@ class LinuxSource:
         self._time_s = now_s
         self._problems = []
         self._follow_cgroups(now_s)
-        meminfo = self._attempt("/proc/meminfo", lambda: parse_meminfo(self._meminfo_file.read()))
-        samples = self._sample_cgroups(None if meminfo is None else meminfo.total_bytes)
-        headrooms = self._headrooms(meminfo, samples, now_s)
+        memory = worst_stall(self._stalls("memory", now_s))
+        self._calm = memory is not None and memory.some.share < STALLED_SHARE
+        system_is_far = self._system_is_far(now_s)
+        if not system_is_far:
+            self._meminfo, self._meminfo_s = self._attempt("/proc/meminfo", self._read_meminfo), now_s
+        meminfo = self._meminfo
+        samples = self._sample_cgroups(None if meminfo is None else meminfo.total_bytes, now_s)
+        headrooms = self._headrooms(None if system_is_far else meminfo, samples, now_s, system_is_far=system_is_far)
         headroom = self._tightest(headrooms)
-        swap = self._swap(meminfo, now_s)
-        refaults_s = self._refault_rate(samples, now_s)
-        stalls = {resource: worst_stall(self._stalls(resource, now_s)) for resource in RESOURCES}
-        synthetic = self._synthetic.measure(headroom, swap.swap_in_bytes_s, interval_s)
-        if stalls["memory"] is None:
+        if not (self._calm and 0.0 <= now_s - self._slow_s < CALM_INTERVAL_S):
+            self._look_at_the_rest(meminfo, samples, now_s)
+        synthetic = memory is None
+        if memory is None:
+            memory = self._synthetic.measure(headroom, self._swap.swap_in_bytes_s, interval_s)
             self._problems.append(
                 "Without Pressure Stall Information the memory stall is estimated from headroom and swapping."
             )
-        unknown = Stall(scope=SYNTHETIC_SCOPE)
         return Reading(
             time_s=now_s,
             interval_s=interval_s,
             headroom=headroom,
-            memory=stalls["memory"] or synthetic,
-            cpu=stalls["cpu"] or unknown,
-            io=stalls["io"] or unknown,
-            swap=swap,
-            refaults_s=refaults_s,
+            memory=memory,
+            cpu=self._cpu or _UNKNOWN_STALL,
+            io=self._io or _UNKNOWN_STALL,
+            swap=self._swap,
+            refaults_s=self._refaults_s,
             headrooms=headrooms,
-            synthetic=stalls["memory"] is None,
+            synthetic=synthetic,
             problems=tuple(self._problems),
         )
 
@@ -133,6 +164,7 @@ class LinuxSource:
         self._system_pressure.close()
         self._drop_cgroups()
         self._located_s = None
+        self._slow_s = float("-inf")
 
     def describe(self) -> list[str]:
         """What can be seen here, in plain sentences."""
@@ -168,10 +200,11 @@ class LinuxSource:
 
     def _follow_cgroups(self, now_s: float) -> None:
         """Look the cgroups up again when this process was moved, one vanished, or some seconds went by."""
-        try:
-            membership = self._membership_file.read()
-        except OSError:
-            membership = ""
+        recent = 0.0 <= now_s - self._membership_s < MEMBERSHIP_INTERVAL_S
+        if self._calm and recent and self._located_s is not None and not self._relocate:
+            return
+        membership = self._read_membership()
+        self._membership_s = now_s
         due = self._located_s is None or not 0.0 <= now_s - self._located_s < RELOCATE_INTERVAL_S
         vanished = self._relocate and now_s >= self._retry_s
         if not (due or vanished or membership != self._membership):
@@ -184,6 +217,12 @@ class LinuxSource:
         else:
             # What failed is still there, so it may go on failing: do not search at every tick.
             self._retry_s = now_s + RETRY_INTERVAL_S
+
+    def _read_membership(self) -> str:
+        try:
+            return self._membership_file.read()
+        except OSError:
+            return ""
 
     def _adopt(self, cgroups: Cgroups) -> None:
         self._cgroups = cgroups
@@ -200,25 +239,35 @@ class LinuxSource:
         if self._own_pressure is not None:
             self._own_pressure.close()
         self._memory, self._own_pressure, self._cgroups = [], None, Cgroups()
+        self._slow_s = self._samples_s = float("-inf")
 
-    def _sample_cgroups(self, memory_total_bytes: int | None) -> list[tuple[CgroupMemory, CgroupMemorySample | None]]:
-        return [
-            (
-                cgroup,
-                self._attempt(f"Memory of {cgroup.scope}", partial(cgroup.sample, memory_total_bytes), in_cgroup=True),
-            )
-            for cgroup in self._memory
-        ]
+    def _sample_cgroups(
+        self, memory_total_bytes: int | None, now_s: float
+    ) -> list[tuple[CgroupMemory, CgroupMemorySample | None]]:
+        if self._calm and self._unlimited and 0.0 <= now_s - self._samples_s < NO_LIMIT_INTERVAL_S:
+            return self._samples
+        samples = []
+        for cgroup in self._memory:
+            sample = partial(cgroup.sample, memory_total_bytes, now_s, calm=self._calm)
+            samples.append((cgroup, self._attempt(cgroup.what, sample, in_cgroup=True)))
+        self._samples, self._samples_s = samples, now_s
+        self._unlimited = all(sample is not None and sample.limit_bytes is None for _, sample in samples)
+        return samples
 
     def _headrooms(
         self,
         meminfo: Meminfo | None,
         samples: list[tuple[CgroupMemory, CgroupMemorySample | None]],
         now_s: float,
+        *,
+        system_is_far: bool,
     ) -> tuple[Headroom, ...]:
         headrooms = []
         for cgroup, sample in samples:
-            if sample is None or sample.limit_bytes is None or sample.stat is None:
+            if sample is None:
+                headrooms.extend(self._guarded_headroom(cgroup, now_s))
+                continue
+            if sample.limit_bytes is None or sample.stat is None:
                 continue
             cache_bytes = reclaimable_bytes(sample.stat, self._working_set_file_bytes)
             headrooms.append(self._headroom(cgroup.scope, sample.limit_bytes, sample.usage_bytes, cache_bytes, now_s))
@@ -229,12 +278,46 @@ class LinuxSource:
             headrooms.append(
                 self._headroom("system", meminfo.total_bytes, usage_bytes, available_bytes - free_bytes, now_s)
             )
-        self._slopes = {each.scope: self._slopes[each.scope] for each in headrooms}
+        elif system_is_far:
+            headrooms.append(self._last_headrooms["system"])
+        elif "system" in self._last_headrooms:
+            headrooms.append(self._last_known("system"))
+        self._last_headrooms = {each.scope: each for each in headrooms}
+        if self._slopes.keys() != self._last_headrooms.keys():
+            self._slopes = {scope: slope for scope, slope in self._slopes.items() if scope in self._last_headrooms}
         return tuple(headrooms)
+
+    def _guarded_headroom(self, cgroup: CgroupMemory, now_s: float) -> list[Headroom]:
+        """What a cgroup that is there but cannot be read leaves at most, so that a wider scope's room is not taken.
+
+        Limit less use, with the cache last known or none; else the last known figure; else a sentence, the first.
+        """
+        if not cgroup.directory.path.is_dir():
+            return []
+        last = self._last_headrooms.get(cgroup.scope)
+        try:
+            figures = cgroup.without_cache()
+        except (OSError, MalformedTextError):
+            if last is not None:
+                return [self._last_known(cgroup.scope)]
+            self._problems.insert(0, f"The headroom may be far too large: a limit of {cgroup.scope} is not seen.")
+            return []
+        if figures is None:
+            return []
+        self._problems.append(f"The cache of {cgroup.scope} is not seen: none, or what was last known, counts.")
+        cache_bytes = -self._working_set_file_bytes if last is None else last.reclaimable_bytes
+        return [self._headroom(cgroup.scope, *figures, cache_bytes, now_s)]
+
+    def _last_known(self, scope: ScopeName) -> Headroom:
+        self._problems.append(f"The last known headroom of {scope} is repeated.")
+        self._slopes.pop(scope, None)
+        return replace(self._last_headrooms[scope], slope_bytes_s=0.0)
 
     def _headroom(self, scope: str, limit_bytes: int, usage_bytes: int, cache_bytes: int, now_s: float) -> Headroom:
         available_bytes = limit_bytes - usage_bytes + cache_bytes
-        slope = self._slopes.setdefault(scope, Slope())
+        slope = self._slopes.get(scope)
+        if slope is None:
+            slope = self._slopes[scope] = Slope()
         return Headroom(
             available_bytes=available_bytes,
             slope_bytes_s=slope.update(now_s, available_bytes),
@@ -246,7 +329,9 @@ class LinuxSource:
 
     def _tightest(self, headrooms: tuple[Headroom, ...]) -> Headroom:
         if headrooms:
-            self._last_headroom = min(headrooms, key=lambda headroom: headroom.available_bytes)
+            self._last_headroom = headrooms[0]
+            if len(headrooms) > 1:
+                self._last_headroom = min(headrooms, key=lambda headroom: headroom.available_bytes)
             return self._last_headroom
         if self._last_headroom is None:
             self.close()
@@ -256,6 +341,17 @@ class LinuxSource:
         self._problems.append("No memory figure could be read at this tick; the last known one is repeated.")
         return replace(self._last_headroom, slope_bytes_s=0.0)
 
+    def _system_is_far(self, now_s: float) -> bool:
+        """May the last figures of the whole machine, of at most 0.9 s ago, stand for this tick too?"""
+        system, tightest = self._last_headrooms.get("system"), self._last_headroom
+        if not self._calm or self._meminfo is None or system is None or tightest is None or tightest.scope == "system":
+            return False
+        farthest_bytes = max(SYSTEM_FAR_BYTES, 2 * tightest.available_bytes)
+        return 0.0 <= now_s - self._meminfo_s < SYSTEM_INTERVAL_S and system.available_bytes >= farthest_bytes
+
+    def _read_meminfo(self) -> Meminfo:
+        return parse_meminfo(self._meminfo_file.read())
+
     def _read_vmstat(self, now_s: float) -> Vmstat | None:
         """At most ten times a second: it is the dearest file, and only rates come from it."""
         recent = self._vmstat_s is not None and 0.0 <= now_s - self._vmstat_s < VMSTAT_INTERVAL_S
@@ -264,16 +360,13 @@ class LinuxSource:
             self._vmstat_s = now_s
         return self._vmstat
 
-    def _swap(self, meminfo: Meminfo | None, now_s: float) -> Swap:
+    def _measure_swap(self, meminfo: Meminfo | None, now_s: float) -> Swap:
         """The scope with the least free swap; rates are the system's, the only ones there are."""
         if meminfo is None or meminfo.swap_total_bytes == 0:
             return Swap()
         used_bytes = max(0, meminfo.swap_total_bytes - meminfo.swap_free_bytes)
         candidates = [Swap(total_bytes=meminfo.swap_total_bytes, used_bytes=used_bytes)]
-        for cgroup in self._memory:
-            swap = _swap_or_none(cgroup)
-            if swap is not None:
-                candidates.append(swap)
+        candidates += [swap for cgroup in self._memory if (swap := _swap_or_none(cgroup)) is not None]
         narrowest = min(candidates, key=lambda swap: swap.total_bytes - swap.used_bytes)
         vmstat = self._read_vmstat(now_s)
         if vmstat is None or self._vmstat_s is None:
@@ -292,7 +385,7 @@ class LinuxSource:
             if cgroup.directory.own and sample is not None and sample.stat is not None:
                 refaults = sample.stat.refaults
                 if refaults is not None:
-                    return self._update_refaults(cgroup.scope, now_s, refaults)
+                    return self._update_refaults(cgroup.scope, sample.stat_s, refaults)
         vmstat = self._read_vmstat(now_s)
         if vmstat is None or vmstat.refaults is None or self._vmstat_s is None:
             return None
@@ -303,14 +396,25 @@ class LinuxSource:
             self._refaults, self._refaults_from = CounterRate(), scope
         return self._refaults.update(time_s, count)
 
+    def _look_at_the_rest(
+        self, meminfo: Meminfo | None, samples: list[tuple[CgroupMemory, CgroupMemorySample | None]], now_s: float
+    ) -> None:
+        """Stalls of CPU and I/O, swap and refaults: while calm, and if all went well, every five seconds."""
+        problems_before = len(self._problems)
+        self._cpu = worst_stall(self._stalls("cpu", now_s))
+        self._io = worst_stall(self._stalls("io", now_s))
+        self._swap = self._measure_swap(meminfo, now_s)
+        self._refaults_s = self._refault_rate(samples, now_s)
+        self._slow_s = now_s if len(self._problems) == problems_before else float("-inf")
+
     def _stalls(self, resource: Resource, now_s: float) -> list[Stall]:
         """This resource's stall in each scope that reports it, one's own first."""
         stalls = []
         for files in (self._own_pressure, self._system_pressure):
             if files is None:
                 continue
-            what = f"{resource.capitalize()} pressure of {files.scope}"
-            stall = self._attempt(what, partial(files.measure, resource, now_s), in_cgroup=files is self._own_pressure)
+            measure = partial(files.measure, resource, now_s)
+            stall = self._attempt(files.what[resource], measure, in_cgroup=files is self._own_pressure)
             if stall is not None:
                 stalls.append(stall)
         return stalls
