@@ -43,6 +43,13 @@ class Instruments(Instrument):
                 self.last_error = error
 
 
+def guarded(instrument: Instrument | None) -> Instruments:
+    """The same instrument (None: one that sees nothing), except that what it raises is only reported."""
+    if isinstance(instrument, Instruments):
+        return instrument
+    return Instruments([] if instrument is None else [instrument])
+
+
 class JsonLines(Instrument):
     """Writes one JSON object a line: ``{"at_s": …, "event": …, …fields of the record}``.
 

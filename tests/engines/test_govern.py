@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import importlib
+import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,13 @@ import numpy as np
 import pytest
 
 import kvpsi
+import kvpsi.governor.law
+import kvpsi.status
 from kvpsi.engines import llama as engine
+from kvpsi.engines.caches import make_rebuilt
 from kvpsi.errors import CacheRefusedError, LayoutError, UsageError
-from kvpsi.kv import CacheSettings
+from kvpsi.kv import CacheSettings, RebuildSettings
+from kvpsi.pressure import MonitorSettings
 from kvpsi.pressure.fake import ScriptedSource, make_reading
 
 pytestmark = pytest.mark.engine
@@ -258,6 +266,13 @@ def test_a_share_that_makes_no_sense_is_refused_and_changes_nothing(share: float
     assert engine._default_cache_limit == 1.0
 
 
+@pytest.mark.parametrize("share", ["70%", "0.7", None, [0.5], 1j])
+def test_a_limit_that_is_no_number_is_refused_in_a_sentence(share: Any) -> None:
+    with pytest.raises(UsageError, match="is a number above 0 and at most 1") as caught:
+        kvpsi.set_cache_limit(share)
+    assert "\n" not in str(caught.value) and engine._default_cache_limit == 1.0
+
+
 @pytest.mark.parametrize("wrong", [{"keep": -1}, {"tail": -1}, {"min_prune": 0}, {"min_prune": -5}])
 def test_cache_settings_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError) as caught:
@@ -319,6 +334,47 @@ def test_closing_the_model_ends_its_governing(open_llama: Open) -> None:
         governed.close()
 
 
+def test_what_was_governed_is_let_go_before_the_model_is_closed(open_llama: Open) -> None:
+    with open_llama() as llm:
+        governed = govern(llm)
+        gone = weakref.ref(governed)
+        governed.close()
+        del governed
+        gc.collect()
+        assert gone() is None
+        assert answer(llm, "Once", 2)
+
+
+def test_settings_reach_the_monitor_and_the_rebuilding(open_llama: Open) -> None:
+    pace, looks = RebuildSettings(min_interval_s=7.0), MonitorSettings(max_interval_s=0.25)
+    with open_llama() as llm, govern(llm, monitor=looks, rebuild=pace) as governed:
+        assert governed.governor.monitor._settings is looks
+        assert governed.cache.mode == "pages"
+    made = engine._maker(pace)
+    assert isinstance(made, functools.partial) and made.keywords == {"pace": pace}
+    with open_llama() as llm, govern(llm, make=functools.partial(make_rebuilt, pace=pace)) as governed:
+        assert governed.cache.mode == "rebuild" and governed.cache.pace is pace  # type: ignore[attr-defined]
+
+
+def test_a_state_that_does_not_fit_leaves_the_model_as_it_was(open_llama: Open) -> None:
+    with open_llama() as llm, govern(llm) as governed:
+        llm.eval(llm.tokenize((STORY * 20).encode()))
+        large = llm.save_state()
+        llm.reset()
+        llm._ctx.kv_cache_clear()
+        llm.eval(llm.tokenize(STORY.encode()))
+        n_tokens, following = llm.n_tokens, llm.sample(temp=0.0)
+        governed.set_cache_limit(0.5)
+        assert large.n_tokens > governed.cache.allowed_cells
+        with pytest.raises(CacheRefusedError, match="cache limit"):
+            llm.load_state(large)
+        assert llm.n_tokens == n_tokens == governed.cache.used_cells
+        assert llm.sample(temp=0.0) == following
+        governed.set_cache_limit(1.0)
+        llm.load_state(large)
+        assert llm.n_tokens == large.n_tokens == governed.cache.used_cells and governed.cache.trusted
+
+
 def test_a_source_that_does_not_work_leaves_the_model_as_it_was(open_llama: Open) -> None:
     with open_llama() as llm:
         before, running = attributes(llm), threads()
@@ -354,6 +410,12 @@ def test_every_exported_name_is_there() -> None:
     assert sorted(kvpsi.__all__) == kvpsi.__all__
     with pytest.raises(AttributeError, match="no_such_thing"):
         kvpsi.no_such_thing  # noqa: B018
+
+
+def test_the_cache_does_not_import_who_decides_about_it() -> None:
+    for file in Path(kvpsi.__file__).parent.glob("kv/**/*.py"):
+        assert "kvpsi.governor" not in re.sub(r'"""(.|\n)*?"""', "", file.read_text()), file.name
+    assert kvpsi.governor.CacheStatus is kvpsi.governor.law.CacheStatus is kvpsi.status.CacheStatus
 
 
 @pytest.mark.parametrize("name", ["kvpsi.governor", "kvpsi.kv", "kvpsi.kv.policies", "kvpsi.pressure", "kvpsi.models"])

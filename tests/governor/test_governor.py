@@ -283,3 +283,14 @@ def test_an_instrument_that_fails_disturbs_nobody_and_is_reported_once(caplog: p
     assert seen.named("release") == [1, 2]
     assert isinstance(both.last_error, ValueError)
     assert len(caplog.records) == 1 and "cannot take release 1" in caplog.records[0].getMessage()
+
+
+def test_an_instrument_that_fails_does_not_keep_the_governor_from_giving() -> None:
+    class Broken(Instrument):
+        def event(self, name: str, value: Any) -> None:
+            raise ValueError(name, value)
+
+    cache = FakeCache()
+    governor = Governor(cache, ScriptedSource([available(54)]), settings=LAW, instrument=Broken())
+    governor.on_reading(available(54))
+    assert cache.given == [10 * MIB]

@@ -351,3 +351,10 @@ def test_headroom_is_told_in_whole_mebibytes() -> None:
     room = Headroom(10 * MIB, 0.0, 600 * MIB, 590 * MIB, 0, "system")
     decision, _ = decide(replace(at(0), headroom=room), CACHE, State(), LAW)
     assert decision.reason == "headroom will be 10 MiB, 64 MiB are to stay free"
+
+
+def test_without_a_zone_between_the_marks_the_limit_grows_back_down_to_the_reserve() -> None:
+    law, state = replace(LAW, high_bytes=LAW.low_bytes), State(limit_bytes=100 * MIB)
+    for tick in range(20):
+        _, state = decide(at(100, 0.5 * tick), CACHE, state, law)
+    assert state.limit_bytes is not None and state.limit_bytes > 100 * MIB

@@ -23,7 +23,7 @@ from truth import WrittenCells
 from kvpsi.errors import CacheRefusedError, LayoutError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
-from kvpsi.kv.elastic import CacheSettings, ElasticCache, Forgotten
+from kvpsi.kv.elastic import CacheSettings, ElasticCache, Forgotten, _shares
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.statedata import parse_state
 
@@ -541,16 +541,107 @@ def test_refused_when_nothing_may_go_and_then_nothing_has_changed(model: llama_c
         for seq_id, count in enumerate((150, 100, 100)):
             assert decode(cache, text(count, seq_id=seq_id)) == 0
         before = [seq_state(cache.ctx, s) for s in range(3)]
-        cache.set_limit(320 * cache.bytes_per_cell, None)
+        cache.set_limit(420 * cache.bytes_per_cell, None)
+        assert cache.floor_cells < cache.allowed_cells == 420
         with pytest.raises(CacheRefusedError) as caught:
-            decode(cache, text(60, 150))
-        assert "60 more tokens" in str(caught.value) and "limit of 320" in str(caught.value)
-        assert "\n" not in str(caught.value)
+            decode(cache, text(121, 150))
+        assert "121 more tokens" in str(caught.value) and "need 1 cells more" in str(caught.value)
+        assert "limit that memory sets of 420 cells" in str(caught.value) and "\n" not in str(caught.value)
         assert [seq_state(cache.ctx, s) for s in range(3)] == before, "50 tokens could go, but they would not suffice"
         assert forgotten == [] and cache.trims == 0 and cache.used_cells == 350
-        assert len(seen.named("refusal")) == 1
-        assert decode(cache, text(15, 150)) == 0, "what fits after evicting is taken"
-        assert cache.used_cells <= 320 and cache.trusted
+        assert seen.named("refusal") == [{"wanted_cells": 121, "limit_cells": 420}]
+        assert decode(cache, text(120, 150)) == 0, "what fits after evicting is taken"
+        assert cache.used_cells <= 420 and cache.trusted
+
+
+@pytest.mark.parametrize(
+    ("limit", "cap", "names"),
+    [(200, 512, "limit that memory sets of 200"), (512, 200, "cache limit of 200"), (200, 1, "floor of")],
+)
+def test_a_refusal_names_the_limit_that_held(model: llama_cpp.llama_model_p, limit: int, cap: int, names: str) -> None:
+    with elastic(model) as cache:
+        cache.set_limit(limit * cache.bytes_per_cell, None)
+        cache.cap_cells = cap
+        with pytest.raises(CacheRefusedError) as caught:
+            decode(cache, text(201))
+        assert f"{names} " in str(caught.value) and f"of {cache.allowed_cells} cells" in str(caught.value)
+        assert cache.used_cells == 0
+
+
+@pytest.mark.parametrize("name", ["unified", "streams"])
+def test_several_sequences_go_on_at_the_floor(model: llama_cpp.llama_model_p, name: str) -> None:
+    settings = CacheSettings(keep=4, tail=56, min_prune=4)
+    with elastic(model, replace(SHAPES[name], n_ctx=1024), settings=settings) as cache:
+        alone = cache.floor_cells
+        for seq_id in range(4):
+            assert decode(cache, text(100, seq_id=seq_id)) == 0
+        assert cache.floor_cells == alone + 3 * 60
+        cache.set_limit(0, None)
+        cache.give_now()
+        for step in range(100, 160):
+            assert decode(cache, [t for s in range(4) for t in text(1, step, s)]) == 0
+            assert cache.used_cells <= cache.floor_cells == cache.allowed_cells
+        assert cache.trims and cache.trusted
+        assert cache.seq_rm(1, -1, -1) and cache.floor_cells == alone + 2 * 60
+        cache.clear()
+        assert cache.floor_cells == alone
+        for seq_id in range(3):
+            assert decode(cache, text(1 if seq_id else 100, seq_id=seq_id)) == 0
+        assert cache.floor_cells <= alone + 2, "of short sequences only what is there"
+
+
+def test_the_floor_is_never_above_the_cache(model: llama_cpp.llama_model_p) -> None:
+    settings = CacheSettings(keep=4, tail=120, min_prune=16)
+    with elastic(model, replace(SMALL, n_seq=4), settings=settings) as cache:
+        for seq_id in range(4):
+            assert decode(cache, text(126, seq_id=seq_id)) == 0
+        assert cache.floor_cells == cache.n_cells
+
+
+def test_the_fullest_stream_gives_first(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model, SHAPES["streams"]) as cache:
+        for seq_id, count in enumerate((60, 250, 180)):
+            assert decode(cache, text(count, seq_id=seq_id)) == 0
+        trim = cache.evict(cache.block_cells)
+        assert trim.freed_cells >= cache.block_cells
+        lost = {s: count - len(held(cache.ctx, s)) for s, count in enumerate((60, 250, 180))}
+        assert lost[0] == lost[2] == 0 and lost[1] == trim.freed_cells
+        assert cache.trusted
+
+
+@pytest.mark.parametrize(
+    ("may_go", "n_cells", "shares"),
+    [
+        ([10], 4, {0: 4}),
+        ([10, 10], 4, {0: 2, 1: 2}),
+        ([5, 100, 40], 30, {1: 30, 2: 0, 0: 0}),
+        ([5, 100, 40], 80, {1: 70, 2: 10, 0: 0}),
+        ([5, 100, 40], 1000, {1: 100, 2: 40, 0: 5}),
+        ([0, 0], 3, {0: 0, 1: 0}),
+    ],
+)
+def test_shares_level_what_is_left(may_go: list[int], n_cells: int, shares: dict[int, int]) -> None:
+    assert dict(_shares(may_go, n_cells)) == shares
+
+
+def test_whoever_watches_and_fails_does_not_stop_an_eviction(
+    model: llama_cpp.llama_model_p, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Instrument):
+        def event(self, name: str, value: Any) -> None:
+            raise ValueError(name, value)
+
+    def forget(_: Forgotten) -> None:
+        raise KeyError("no such thing")
+
+    with elastic(model, instrument=Broken(), on_forgotten=forget) as cache:
+        assert decode(cache, text(200)) == 0
+        assert cache.seq_rm(0, 60, 62)  # two ranges to forget
+        with caplog.at_level(logging.WARNING):
+            trim = cache.evict(150)
+        assert trim.freed_cells >= 150 and cache.trims == 1 and cache.trusted
+        assert len([r for r in caplog.records if "what was forgotten failed" in r.getMessage()]) == 1
+        assert cache.used_cells == len(held(cache.ctx))
 
 
 @pytest.mark.parametrize("name", ["f16", "streams"])
@@ -617,17 +708,36 @@ def test_a_restored_sequence_goes_on_with_the_same_logits(request: pytest.Fixtur
 def test_a_state_goes_through_the_gate(model: llama_cpp.llama_model_p) -> None:
     settings = CacheSettings(keep=0, tail=100, min_prune=16)
     with elastic(model, replace(SMALL, n_seq=3), settings=settings) as cache:
-        for seq_id in range(3):
-            assert decode(cache, text(100, seq_id=seq_id)) == 0
+        for seq_id, count in enumerate((200, 100, 100)):
+            assert decode(cache, text(count, seq_id=seq_id)) == 0
         state = seq_state(cache.ctx, 0)
         assert cache.seq_rm(0, -1, -1)
-        cache.set_limit(250 * cache.bytes_per_cell, None)
+        cache.set_limit(380 * cache.bytes_per_cell, None)
         with pytest.raises(CacheRefusedError):
             cache.load_sequence(state, 0)
         assert cache.used_cells == 200 and cache.trusted
-        cache.set_limit(300 * cache.bytes_per_cell, None)
+        cache.set_limit(400 * cache.bytes_per_cell, None)
         assert cache.load_sequence(state, 0)
-        assert held(cache.ctx) == list(range(100)) and cache.trusted
+        assert held(cache.ctx) == list(range(200)) and cache.trusted
+
+
+@pytest.mark.parametrize("name", ["unified", "streams"])
+def test_a_state_that_does_not_fit_leaves_the_old_one(model: llama_cpp.llama_model_p, name: str) -> None:
+    settings = CacheSettings(keep=0, tail=100, min_prune=16)
+    with elastic(model, SHAPES[name], settings=settings) as cache:
+        assert decode(cache, text(200)) == 0
+        long = seq_state(cache.ctx, 0)
+        assert cache.seq_rm(0, -1, -1)
+        for seq_id in range(2):
+            assert decode(cache, text(100, seq_id=seq_id)) == 0
+        before = [seq_state(cache.ctx, s) for s in range(2)]
+        cache.set_limit(280 * cache.bytes_per_cell, None)
+        with pytest.raises(CacheRefusedError):
+            cache.load_sequence(long, 0)
+        assert [seq_state(cache.ctx, s) for s in range(2)] == before and cache.trusted
+        cache.set_limit(300 * cache.bytes_per_cell, None)
+        assert cache.load_sequence(long, 0), "what the old one frees counts"
+        assert seq_state(cache.ctx, 0) == long and cache.used_cells == 300 and cache.trusted
 
 
 @pytest.mark.parametrize("name", ["unified", "streams"])

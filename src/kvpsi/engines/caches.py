@@ -10,7 +10,7 @@ import llama_cpp
 
 from kvpsi.errors import LayoutError
 from kvpsi.instrument import Instrument
-from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuiltCache
+from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings, RebuiltCache
 from kvpsi.kv.layout import refuse_unsupported, seq_state
 from kvpsi.kv.policies import EvictionPolicy, Streaming
 
@@ -30,7 +30,12 @@ def make_elastic(
 
 
 def make_rebuilt(
-    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
+    llm: llama_cpp.Llama,
+    settings: CacheSettings | None,
+    policy: EvictionPolicy | None,
+    instrument: Instrument,
+    *,
+    pace: RebuildSettings | None = None,
 ) -> GatedCache:
     """A cache that is resized by rebuilding the context; it knows no policy but the default."""
     if policy is not None and not isinstance(policy, Streaming):
@@ -47,18 +52,25 @@ def make_rebuilt(
         if not kept:
             llm.n_tokens = 0
 
-    return RebuiltCache(llm._ctx, settings=settings, instrument=instrument, equip=equip, on_rebuilt=on_rebuilt)
+    return RebuiltCache(
+        llm._ctx, settings=settings, pace=pace, instrument=instrument, equip=equip, on_rebuilt=on_rebuilt
+    )
 
 
 def make_elastic_or_rebuilt(
-    llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
+    llm: llama_cpp.Llama,
+    settings: CacheSettings | None,
+    policy: EvictionPolicy | None,
+    instrument: Instrument,
+    *,
+    pace: RebuildSettings | None = None,
 ) -> GatedCache:
     """Pages where they can be given back, else rebuilding."""
     try:
         return make_elastic(llm, settings, policy, instrument)
     except LayoutError as error:
         log.warning("kvpsi resizes this cache by rebuilding the context, as its pages cannot be given back: %s", error)
-        return make_rebuilt(llm, settings, policy, instrument)
+        return make_rebuilt(llm, settings, policy, instrument, pace=pace)
 
 
 def make_cache(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import numbers
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
@@ -17,12 +19,12 @@ from kvpsi.engines.attach import Attachment
 from kvpsi.engines.caches import MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
-from kvpsi.instrument import Instrument, Instruments
-from kvpsi.kv import CacheSettings, GatedCache
+from kvpsi.instrument import Instrument, guarded
+from kvpsi.kv import CacheSettings, GatedCache, RebuildSettings
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
-from kvpsi.pressure import LinuxSource, PressureSource, open_best_trigger, open_source
+from kvpsi.pressure import LinuxSource, MonitorSettings, PressureSource, Trigger, open_best_trigger, open_source
 
 log = logging.getLogger("kvpsi")
 
@@ -143,7 +145,7 @@ class GovernedLlama:
             self._attached.replace(context, "n_ctx", lambda: self.cache.n_cells)
             for name in _USES_OF_THE_CONTEXT:
                 self._attached.replace(context, name, self._exclusively(getattr(context, name)))
-        llm._stack.callback(self._close_with_model)
+        llm._stack.callback(_call_if_alive, weakref.WeakMethod(self._close_with_model))
 
     def _exclusively(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def locked(*args: Any, **kwargs: Any) -> Any:
@@ -181,14 +183,23 @@ class GovernedLlama:
             self.llm._requires_eval = True
 
     def _load_state(self, state: Any) -> None:
-        """`llama_cpp.Llama.load_state`, except that the cache is not filled with zeros first."""
+        """`llama_cpp.Llama.load_state`, except that the cache is not filled with zeros first.
+
+        Raises:
+            CacheRefusedError: the state does not fit; if pages are given back, the model keeps what it had.
+        """
         llm = self.llm
         header = seq_state(llm.ctx, _ONLY_SEQUENCE)[:HEADER_BYTES]
         data = sequence_from_whole(bytes(state.llama_state), header)
-        llm.n_tokens = 0  # so that nothing is taken for granted if the state is refused
-        llm._requires_eval = True
-        self.cache.clear()
-        if not self.cache.load_sequence(data, _ONLY_SEQUENCE):
+        loaded = False
+        try:
+            if self.cache.mode == "rebuild" or not self.cache.trusted:
+                self.cache.clear()
+            loaded = self.cache.load_sequence(data, _ONLY_SEQUENCE)
+        finally:
+            if not loaded:
+                self._forget_unless_kept()
+        if not loaded:
             raise RuntimeError("Failed to set llama state data")
         llm.scores[: state.n_tokens, :] = state.scores.copy()
         rest = llm.scores[state.n_tokens :, :]
@@ -198,8 +209,22 @@ class GovernedLlama:
         llm._requires_eval = True
         llm._seed = state.seed
 
+    def _forget_unless_kept(self) -> None:
+        """After a state was refused: nothing is taken for granted unless the cache is what it was."""
+        if not self.cache.used_cells or not self.cache.trusted:
+            self.llm.n_tokens = 0
+            self.llm._requires_eval = True
+
+
+def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    call = method()
+    if call is not None:
+        call()
+
 
 def _valid_share(share: float) -> float:
+    if not isinstance(share, numbers.Real):
+        raise UsageError(f"A cache limit is a number above 0 and at most 1, such as 0.7, not {share!r}.")
     if not 0.0 < share <= 1.0:
         raise UsageError(f"A cache limit of {share} makes no sense; give a share above 0 and at most 1, such as 0.7.")
     return share
@@ -214,7 +239,9 @@ def govern(
     policy: EvictionPolicy | None = None,
     source: PressureSource | None = None,
     instrument: Instrument | None = None,
-    rebuild: bool = True,
+    rebuild: bool | RebuildSettings = True,
+    monitor: MonitorSettings | None = None,
+    make: MakeCache | None = None,
 ) -> GovernedLlama:
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
@@ -233,58 +260,26 @@ def govern(
         policy: what is forgotten first (default: the oldest).
         source: where readings come from (default: this machine's kernel).
         instrument: sees every reading, decision and release.
-        rebuild: whether the context may be rebuilt where pages cannot be given back.
+        rebuild: whether the context may be rebuilt where pages cannot be given back; `RebuildSettings` allow it and
+            say how often.
+        monitor: how often readings are taken.
+        make: how the model gets its cache, such as `kvpsi.engines.caches.make_rebuilt`; ``rebuild`` then says nothing.
 
     Raises:
         LayoutError: the model's cache is of a kind that cannot be resized, or not without rebuilding although
             ``rebuild`` is False; the model is unchanged.
         UsageError: the model is governed already, or a setting makes no sense.
     """
-    return govern_with(
-        make_elastic_or_rebuilt if rebuild else make_elastic,
-        llm,
-        cache_limit=cache_limit,
-        settings=settings,
-        cache_settings=cache_settings,
-        policy=policy,
-        source=source,
-        instrument=instrument,
-    )
-
-
-def govern_with(
-    make: MakeCache,
-    llm: llama_cpp.Llama,
-    *,
-    cache_limit: float | None = None,
-    settings: LawSettings | None = None,
-    cache_settings: CacheSettings | None = None,
-    policy: EvictionPolicy | None = None,
-    source: PressureSource | None = None,
-    instrument: Instrument | None = None,
-) -> GovernedLlama:
-    """`govern` with a cache of one's own choice, such as `make_rebuilt`."""
-    if not isinstance(llm, llama_cpp.Llama):
-        raise UsageError(
-            f"govern needs a llama_cpp.Llama, not {type(llm).__name__}; load the model with llama_cpp first."
-        )
-    if not llm.ctx:
-        raise UsageError("This model is closed; load it again before it is governed.")
+    _refuse_ungovernable(llm)
     share = _valid_share(cache_limit if cache_limit is not None else _default_cache_limit)
-    with _registry_lock:
-        if any(g.llm is llm for g in _registry):
-            raise UsageError("This model is governed already; close that first or use the object it returned.")
-    instruments = Instruments([] if instrument is None else [instrument])
-    cache = make_cache(make, llm, cache_settings, policy, instruments)
-    weights_bytes = int(llama_cpp.llama_model_size(llm.model))
+    instruments = guarded(instrument)
+    cache = make_cache(make or _maker(rebuild), llm, cache_settings, policy, instruments)
     try:
-        readings = source if source is not None else open_source(working_set_file_bytes=weights_bytes)
+        readings, trigger = _sensing(llm, source)
     except BaseException:
         cache.close()
         raise
-    own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
-    trigger = open_best_trigger(own.path if own else None)[0] if source is None else None
-    governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger)
+    governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger, monitor=monitor)
     governed = GovernedLlama(llm, cache, governor)
     try:
         governed._attach()
@@ -296,6 +291,38 @@ def govern_with(
     with _registry_lock:
         _registry.add(governed)
     return governed
+
+
+def govern_with(make: MakeCache, llm: llama_cpp.Llama, **options: Any) -> GovernedLlama:
+    """`govern` with its argument ``make`` first."""
+    return govern(llm, make=make, **options)
+
+
+def _refuse_ungovernable(llm: llama_cpp.Llama) -> None:
+    if not isinstance(llm, llama_cpp.Llama):
+        raise UsageError(
+            f"govern needs a llama_cpp.Llama, not {type(llm).__name__}; load the model with llama_cpp first."
+        )
+    if not llm.ctx:
+        raise UsageError("This model is closed; load it again before it is governed.")
+    with _registry_lock:
+        if any(g.llm is llm for g in _registry):
+            raise UsageError("This model is governed already; close that first or use the object it returned.")
+
+
+def _maker(rebuild: bool | RebuildSettings) -> MakeCache:
+    if isinstance(rebuild, RebuildSettings):
+        return functools.partial(make_elastic_or_rebuilt, pace=rebuild)
+    return make_elastic_or_rebuilt if rebuild else make_elastic
+
+
+def _sensing(llm: llama_cpp.Llama, source: PressureSource | None) -> tuple[PressureSource, Trigger | None]:
+    """The given source, which gets no trigger, or this machine's kernel with the best trigger there is."""
+    if source is not None:
+        return source, None
+    readings = open_source(working_set_file_bytes=int(llama_cpp.llama_model_size(llm.model)))
+    own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
+    return readings, open_best_trigger(own.path if own else None)[0]
 
 
 def set_cache_limit(share: float) -> None:

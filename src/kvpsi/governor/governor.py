@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
-from kvpsi.governor.law import CacheStatus, Decision, LawSettings, State, decide, record_given
-from kvpsi.instrument import Instrument
-from kvpsi.pressure import Monitor, PressureSource, Reading, Trigger
+from kvpsi.governor.law import Decision, LawSettings, State, decide, record_given
+from kvpsi.instrument import Instrument, guarded
+from kvpsi.pressure import Monitor, MonitorSettings, PressureSource, Reading, Trigger
+from kvpsi.status import CacheStatus
 
 
 class Governed(Protocol):
@@ -35,6 +36,14 @@ class Governor:
 
     ``start`` takes one reading and decides at once, so that the gate stands before the first token. A context manager:
     leaving it stops the thread and lifts the limit.
+
+    Args:
+        cache: what is governed.
+        source: where readings come from; it is closed by ``stop``.
+        settings: constants of the law.
+        instrument: sees readings and decisions; what it raises is logged once.
+        trigger: wakes the thread between two readings; it is closed by ``stop``.
+        monitor: how often it looks.
     """
 
     def __init__(
@@ -45,10 +54,11 @@ class Governor:
         settings: LawSettings | None = None,
         instrument: Instrument | None = None,
         trigger: Trigger | None = None,
+        monitor: MonitorSettings | None = None,
     ) -> None:
         self.cache = cache
         self.settings = settings or LawSettings()
-        self.instrument = instrument or Instrument()
+        self.instrument = guarded(instrument)
         self.state = State()
         self.decision: Decision | None = None
         self.reading: Reading | None = None
@@ -57,7 +67,7 @@ class Governor:
         self._returned_bytes = 0
         self._stopped = False
         self._trigger = trigger
-        self.monitor = Monitor(source, on_reading=self.on_reading, trigger=trigger)
+        self.monitor = Monitor(source, on_reading=self.on_reading, trigger=trigger, settings=monitor)
 
     def on_reading(self, reading: Reading) -> None:
         """One tick: decide, set the gate, and if the cache is above it have it shrink. Nothing after `stop`."""

@@ -3,6 +3,11 @@
 Headroom feeds forward: what is free beyond a reserve may be used, what is missing to it is given back, in proportion.
 Stall decides how hard to push when headroom alone does not tell. Growing back is slow and
 waits for calm, giving is quick (as in Meta's Senpai, https://github.com/facebookincubator/senpai).
+
+Between the low and the high mark the limit neither falls nor grows. What growing takes from the headroom there would
+lie within one more neighbour's reach of the low mark, and to give it again costs tokens that were computed, while to
+hold costs at most the memory between the two marks: growing stops at the high mark anyway (`_grow`). Whoever wants
+that memory used sets ``high_bytes`` nearer to ``low_bytes``; with both the same there is no such zone.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from kvpsi.errors import UsageError
 from kvpsi.pressure.reading import Reading
+from kvpsi.status import CacheStatus as CacheStatus
 
 MIB = 1 << 20
 
@@ -88,17 +94,6 @@ class LawSettings:
         """The headroom from which on the cache may grow back, never below the reserve."""
         low = self.low_for(limit_bytes)
         return max(low, self.high_bytes) if self.high_bytes is not None else 2 * low
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStatus:
-    """The cache as the law sees it, in bytes: its full size, what tokens occupy, what it cannot go below, and all that
-    it ever gave back (a counter)."""
-
-    capacity_bytes: int
-    used_bytes: int
-    floor_bytes: int
-    returned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,16 @@ threads may call what a governor needs (`kvpsi.governor.Governed`), which waits 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from kvpsi.errors import LayoutError
-from kvpsi.governor.law import CacheStatus
 from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
 from kvpsi.kv.cells import UNKNOWN_TOKEN, IntArray, StreamCells
@@ -36,8 +37,11 @@ from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, parse_state
 from kvpsi.kv.tracker import NOTHING, Micro, Release, SectionTracker
 from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
+from kvpsi.status import CacheStatus
 
 log = logging.getLogger("kvpsi")
+
+IntArray64 = npt.NDArray[np.int64]
 
 
 class ElasticCache(GatedCache):
@@ -71,6 +75,8 @@ class ElasticCache(GatedCache):
         self._n_swa = max(s.n_swa for s in sections)
         self._n_cells = sections[0].n_cells * sections[0].n_stream
         super().__init__(settings, instrument, on_forgotten)
+        self._held = np.zeros(self._n_seq, dtype=np.int64)  # cells that each sequence sees
+        self._protected = self._protected_of(self._held)
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
         self._closed = False
@@ -112,7 +118,8 @@ class ElasticCache(GatedCache):
 
     @property
     def floor_cells(self) -> int:
-        """Below this the cache cannot shrink: the protected tokens of one sequence and room for one eviction."""
+        """Below this the cache cannot shrink: the protected tokens of the sequences that there are, of one at least,
+        and room for one eviction. Cells that several sequences share count for each of them."""
         wanted = self._protected_cells + self.settings.min_prune + self.block_cells
         return min(wanted, self.n_cells)
 
@@ -123,7 +130,18 @@ class ElasticCache(GatedCache):
 
     @property
     def _protected_cells(self) -> int:
-        return self.settings.keep + self._tail
+        return self._protected  # counted by the engine's thread: any other may read it
+
+    def _protected_of(self, held: IntArray64) -> int:
+        """Cells that cannot go while sequence s holds ``held[s]`` of them; one whole sequence at least."""
+        each = self.settings.keep + self._tail
+        return max(each, int(np.minimum(held, each).sum()))
+
+    def _count_held(self) -> None:
+        """Count anew what the sequences hold, after any of them lost something or was copied."""
+        streams = self.trackers[0].mirror.streams
+        self._held = np.sum([np.count_nonzero(s.owner, axis=0) for s in streams], axis=0, dtype=np.int64)
+        self._protected = self._protected_of(self._held)
 
     @property
     def _tail(self) -> int:
@@ -232,12 +250,14 @@ class ElasticCache(GatedCache):
         """Bring the mirrors up to date with what the decode did."""
         if code == DECODE_OK:
             self._commit(tokens, plans, before)
-        elif code == DECODE_ABORTED and len(micro) == 1:
+            return
+        if code == DECODE_ABORTED and len(micro) == 1:
             self._undo(tokens, plans)
         elif code == DECODE_NO_ROOM and plans[0] is None:
             pass  # foreseen; llama.cpp asks this cache first, so that nothing has changed in a sliding window's either
         elif code != DECODE_INVALID:
             self._distrust(f"llama_decode returned {code}, after which the cells in use are not known")
+        self._count_held()
 
     def _broken_off(self) -> None:
         self._settle()
@@ -261,6 +281,9 @@ class ElasticCache(GatedCache):
         for tracker, plan in zip(self.trackers, foreseen, strict=True):
             for placements in plan:
                 tracker.commit(tokens, placements)
+        seqs = np.fromiter((s for each in tokens.seqs for s in each), dtype=np.intp)
+        self._held = self._held + np.bincount(seqs, minlength=self._n_seq)
+        self._protected = self._protected_of(self._held)
 
     def _undo(self, tokens: Tokens, plans: Plans) -> None:
         """After an abort llama.cpp removes the micro-batch's positions, from its first one on, from its sequences."""
@@ -285,6 +308,7 @@ class ElasticCache(GatedCache):
             if self.distrust_reason is not None:
                 tracker.touch_all()
             tracker.mirror.clear()
+        self._count_held()
         self.distrust_reason = None
         self._rewritten = self._copying = False
         self.release_slack()
@@ -320,6 +344,7 @@ class ElasticCache(GatedCache):
             else:
                 target.copy_from(source, src, dst)
                 self._rewritten = self._copying = True
+        self._count_held()
 
     @exclusive
     def seq_add(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
@@ -340,32 +365,56 @@ class ElasticCache(GatedCache):
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it.
 
         Raises:
-            CacheRefusedError: the state's cells do not fit below ``limit_cells``.
+            CacheRefusedError: the state's cells do not fit below the limit in place of what the sequence holds;
+                nothing has changed.
             LayoutError: the bytes are not a sequence's state.
         """
         sections = parse_state(state)
         if len(sections) != len(self.trackers):
             raise LayoutError("The saved state is of a model with another kind of cache; save it again with this one.")
-        self.seq_rm(seq_id, -1, -1)
-        self._make_room(len(sections[0].positions))
         loads = [_saved_tokens(section, seq_id) for section in sections]
+        self._ask_to_replace(seq_id, len(loads[0]))
+        self._drop(seq_id)
+        self._make_room(len(loads[0]))
         plans = [t.plan(tokens, [[np.arange(len(tokens))]]) for t, tokens in zip(self.trackers, loads, strict=True)]
         source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if not llama_cpp.llama_state_seq_set_data(self.ctx, source, len(state), seq_id):
             self._distrust("a saved state was refused, after which the cells in use are not known")
+            self._count_held()
             return False
         for tracker, tokens, plan in zip(self.trackers, loads, plans, strict=True):
             if plan is None:
                 self._distrust("llama.cpp found room where none was foreseen")
             elif len(tokens):
                 tracker.commit(tokens, plan[0])
+        self._count_held()
         return True
+
+    def _ask_to_replace(self, seq_id: int, n_tokens: int) -> None:
+        """Raise CacheRefusedError unless so many tokens could be had in place of what the sequence holds."""
+        mirror = self.trackers[0].mirror
+        without = copy.deepcopy(mirror.stream_of(seq_id))
+        freed = len(without.seq_rm(seq_id, -1, -1))
+        self._protected = self._protected_of(np.where(np.arange(self._n_seq) == seq_id, 0, self._held))
+        streams = [without if s is mirror.stream_of(seq_id) else s for s in mirror.streams]
+        try:
+            self._refuse_unless(n_tokens, self._room_cells() + freed, streams)
+        finally:
+            self._protected = self._protected_of(self._held)
+
+    def _drop(self, seq_id: int) -> None:
+        """Take all from a sequence; if it is the only one, nothing at all is left, a pending shift neither."""
+        if self.trusted and not np.delete(self._held, seq_id).any() and self._agrees():
+            self.clear()
+        else:
+            self.seq_rm(seq_id, -1, -1)
 
     def _each_stream(self, seq_id: int, change: Callable[[StreamCells], object]) -> None:
         for tracker in self.trackers:
             streams = tracker.mirror.streams if seq_id < 0 else [tracker.mirror.stream_of(seq_id)]
             for stream in streams:
                 change(stream)
+        self._count_held()
 
     # -- giving back ---------------------------------------------------------------------------------------------
 
@@ -426,31 +475,47 @@ class ElasticCache(GatedCache):
         missing = n_tokens - self._room_cells()
         if missing <= 0:
             return
-        may_go = sum(int(self._view(stream).evictable.sum()) for stream in self.trackers[0].mirror.streams)
-        if may_go < missing:
-            raise self._refuse(n_tokens, missing - may_go)
+        self._refuse_unless(n_tokens, n_tokens - missing, self.trackers[0].mirror.streams)
         trim = self.evict(max(missing, self.settings.min_prune))
         if trim.freed_cells < missing:
             raise self._refuse(n_tokens, missing - trim.freed_cells)
 
+    def _refuse_unless(self, n_tokens: int, room: int, streams: Sequence[StreamCells]) -> None:
+        """Raise CacheRefusedError unless so many tokens fit into the room and what may go from the streams."""
+        missing = n_tokens - room
+        if missing > 0:
+            may_go = sum(self._may_go(streams))
+            if may_go < missing:
+                raise self._refuse(n_tokens, missing - may_go)
+
+    def _may_go(self, streams: Sequence[StreamCells]) -> list[int]:
+        return [int(self._view(stream).evictable.sum()) for stream in streams]
+
     @exclusive
     def evict(self, n_cells: int) -> Trim:
         """Let the policy choose at least ``n_cells`` cells (in whole blocks, fewer if not so many may go), forget
-        them and give their pages back."""
+        them and give their pages back. The streams of which most may go give first, down to what the others have."""
         freed = 0
-        for stream, cells in enumerate(self.trackers[0].mirror.streams):
+        streams = self.trackers[0].mirror.streams
+        may_go = self._may_go(streams) if len(streams) > 1 else [n_cells]
+        for stream, share in _shares(may_go, n_cells):
             if freed >= n_cells or not self.trusted:
                 break
-            chosen = self.policy.choose(self._view(cells), n_cells - freed)
-            if chosen.size:
-                used = self.used_cells
-                self._forget(stream, chosen)
-                freed += used - self.used_cells
+            freed += self._evict_from(stream, min(max(share, self.block_cells), n_cells - freed))
         trim = Trim(n_cells, freed, self.release_slack() if freed else NOTHING)
         if freed:
             self.trims += 1
             self.instrument.event("trim", trim)
         return trim
+
+    def _evict_from(self, stream: int, n_cells: int) -> int:
+        chosen = self.policy.choose(self._view(self.trackers[0].mirror.streams[stream]), n_cells)
+        if not chosen.size:
+            return 0
+        used = self.used_cells
+        self._forget(stream, chosen)
+        self._count_held()
+        return used - self.used_cells
 
     def _view(self, cells: StreamCells) -> CellView:
         return view_of(cells, keep=self.settings.keep, tail=self._tail, block_cells=self.block_cells)
@@ -478,6 +543,22 @@ class ElasticCache(GatedCache):
         self._closed = True
         for tracker in self.trackers:
             pages.set_apart(tracker.inner, False)
+
+
+def _shares(may_go: Sequence[int], n_cells: int) -> list[tuple[int, int]]:
+    """What to take from each stream so that what may still go is level among them: (stream, cells), the fullest first.
+
+    Together at least ``n_cells``, as far as so many may go.
+    """
+    fullest = sorted(range(len(may_go)), key=lambda stream: may_go[stream], reverse=True)
+    heights = [may_go[stream] for stream in fullest]
+    level, taken = 0, 0
+    for n in range(1, len(heights) + 1):
+        taken += heights[n - 1]
+        level = max(0, (taken - n_cells) // n)
+        if n == len(heights) or level >= heights[n]:
+            break
+    return [(stream, max(0, may_go[stream] - level)) for stream in fullest]
 
 
 def _ranges(chosen: IntArray, held: IntArray) -> list[tuple[int, int]]:

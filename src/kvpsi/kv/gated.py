@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,10 +15,12 @@ from typing import ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 import llama_cpp
 
 from kvpsi.errors import CacheRefusedError, UsageError
-from kvpsi.governor.law import CacheStatus
-from kvpsi.instrument import Instrument
+from kvpsi.instrument import Instrument, guarded
 from kvpsi.kv.tracker import Release
 from kvpsi.kv.ubatch import Tokens, read_batch
+from kvpsi.status import CacheStatus
+
+log = logging.getLogger("kvpsi")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +99,7 @@ class GatedCache(ABC):
         on_forgotten: Callable[[Forgotten], None] | None,
     ) -> None:
         self.settings = settings or CacheSettings()
-        self.instrument = instrument or Instrument()
+        self.instrument = guarded(instrument)
         self.on_forgotten = on_forgotten
         self.distrust_reason: str | None = None
         self.max_chunk_tokens: int | None = None
@@ -110,6 +113,15 @@ class GatedCache(ABC):
         self.returned_bytes = 0
         self.limit_cells = self.cap_cells = self.n_cells
         self._peak_cells = 0
+
+    @property
+    def on_forgotten(self) -> Callable[[Forgotten], None] | None:
+        """Called with every range that an eviction took; what it raises is logged and stops nothing."""
+        return self._on_forgotten
+
+    @on_forgotten.setter
+    def on_forgotten(self, listener: Callable[[Forgotten], None] | None) -> None:
+        self._on_forgotten = None if listener is None else _logging_errors(listener)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -284,15 +296,24 @@ class GatedCache(ABC):
 
     @property
     def _protected_cells(self) -> int:
-        """Most tokens of one sequence that an eviction leaves alone."""
+        """Most cells that an eviction leaves alone."""
         return self.settings.keep + self.settings.tail
 
     def _refuse(self, n_tokens: int, short_cells: int) -> CacheRefusedError:
-        self.instrument.event("refusal", {"wanted_cells": n_tokens, "limit_cells": self.limit_cells})
+        allowed, (name, remedy) = self.allowed_cells, self._what_holds()
+        self.instrument.event("refusal", {"wanted_cells": n_tokens, "limit_cells": allowed})
         return CacheRefusedError(
-            f"{n_tokens} more tokens need {short_cells} cells more than the limit of "
-            f"{self.limit_cells} leaves after evicting what may go; raise the limit, or lower keep and tail."
+            f"{n_tokens} more tokens need {short_cells} cells more than the {name} of {allowed} cells leaves after "
+            f"evicting what may go; {remedy}, or lower keep and tail."
         )
+
+    def _what_holds(self) -> tuple[str, str]:
+        """What `allowed_cells` comes from, and what can be done about it."""
+        if self.floor_cells > min(self.limit_cells, self.cap_cells):
+            return "floor", "raise the limit above it"
+        if self.cap_cells <= self.limit_cells:
+            return "cache limit", "raise it"
+        return "limit that memory sets", "free memory"
 
     # -- interrupting --------------------------------------------------------------------------------------------
 
@@ -352,6 +373,22 @@ class GatedCache(ABC):
 
     def close(self) -> None:  # noqa: B027 - not every cache holds on to something
         """Let go of the context, which stays as it is and may be used without kvpsi."""
+
+
+def _logging_errors(listener: Callable[[Forgotten], None]) -> Callable[[Forgotten], None]:
+    """A listener whose exceptions are logged (the first as a warning), so that an eviction is never left halfway."""
+    failed = False
+
+    @functools.wraps(listener, updated=())
+    def called(forgotten: Forgotten) -> None:
+        nonlocal failed
+        try:
+            listener(forgotten)
+        except Exception as error:  # whoever is told must not stop what was done already
+            log.log(logging.DEBUG if failed else logging.WARNING, "A listener to what was forgotten failed: %r", error)
+            failed = True
+
+    return called
 
 
 def _piece(tokens: Tokens, start: int, size: int) -> Tokens:
