@@ -36,8 +36,8 @@ class Plan:
     n_ctx: int = 16384
     n_threads: int = 0
     kv_type: str = "f16"
-    rounds: int = 20
-    tokens: int = 64
+    rounds: int = 60
+    tokens: int = 32
     depth: int = 512
     trims: int = 5
 

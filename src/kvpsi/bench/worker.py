@@ -40,7 +40,7 @@ class Worker:
         self._ask("read", n_tokens)
 
     def decode_seconds(self, n_tokens: int) -> float:
-        """Time of decoding so many tokens, one after the other, behind the prompt; they are taken out before."""
+        """Time of decoding so many tokens, one after the other, behind the prompt; it begins with taking the last out."""
         return self._ask("decode", n_tokens)
 
     def _ask(self, *question: str | int) -> float:
@@ -66,10 +66,9 @@ def worker(kind: Kind, model: Path, load: LoadSettings) -> Iterator[Worker]:
 
 
 def _decode_seconds(llm: llama_cpp.Llama, depth: int, tokens: list[int]) -> float:
-    llm.n_tokens = depth
-    llm.eval(tokens[:1])
     started = time.perf_counter()
-    for token in tokens[1:]:
+    llm.n_tokens = depth
+    for token in tokens:
         llm.eval([token])
     return time.perf_counter() - started
 
@@ -90,7 +89,7 @@ def main(kind: str, model: str, settings: str) -> None:
             depth = n_tokens
             llm.eval(text_tokens(llm, depth))
         else:
-            answer = _decode_seconds(llm, depth, text_tokens(llm, n_tokens + 1))
+            answer = _decode_seconds(llm, depth, text_tokens(llm, n_tokens))
         print(answer, flush=True)
     if governed is not None:
         governed.close()

@@ -26,7 +26,7 @@ def elastic(
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Context in tokens.")] = 16384,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Threads, 0: as many as can run.")] = 0,
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the cache: f16 or q8_0.")] = "f16",
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of decoding.")] = 20,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of decoding.")] = 60,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Stock llama-cpp-python beside the elastic cache: idle memory, decode speed, trims, the same logits."""
