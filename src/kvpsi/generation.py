@@ -92,7 +92,7 @@ class ForgottenTokens:
         self._cache.on_forgotten = self._next
 
     def _count(self, lost: Forgotten) -> None:
-        self.n_tokens += lost.end_pos - lost.first_pos
+        self.n_tokens += lost.n_tokens
         if self._next is not None:
             self._next(lost)
 

@@ -124,7 +124,7 @@ def test_counting_what_is_forgotten_hides_it_from_nobody() -> None:
 
     seen: list[Forgotten] = []
     cache = types.SimpleNamespace(on_forgotten=seen.append)
-    first, second = Forgotten(0, 16, 80), Forgotten(0, 100, 101)
+    first, second = Forgotten(0, 16, 80, 64), Forgotten(0, 100, 101, 1)
     with ForgottenTokens(cache) as forgotten:  # type: ignore[arg-type]
         cache.on_forgotten(first)
         cache.on_forgotten(second)

@@ -345,6 +345,16 @@ def test_what_was_governed_is_let_go_before_the_model_is_closed(open_llama: Open
         assert answer(llm, "Once", 2)
 
 
+def test_a_model_that_is_dropped_ends_its_governor_with_its_context(default_model: Path) -> None:
+    running = threads()
+    llm = llama_cpp.Llama(str(default_model), verbose=False, n_ctx=512, n_threads=1, flash_attn=True)
+    governed = govern(llm, source=calm())
+    assert threads() > running
+    del llm, governed
+    gc.collect()
+    assert threads() == running, "it would act on a context that is freed"
+
+
 def test_settings_reach_the_monitor_and_the_rebuilding(open_llama: Open) -> None:
     pace, looks = RebuildSettings(min_interval_s=7.0), MonitorSettings(max_interval_s=0.25)
     with open_llama() as llm, govern(llm, monitor=looks, rebuild=pace) as governed:

@@ -25,6 +25,8 @@ from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
 from kvpsi.kv.elastic import CacheSettings, ElasticCache, Forgotten, _shares
 from kvpsi.kv.layout import seq_state
+from kvpsi.kv.policies import EvictionPolicy
+from kvpsi.kv.policies.base import CellView, FloatArray
 from kvpsi.kv.statedata import parse_state
 
 pytestmark = pytest.mark.engine
@@ -278,6 +280,33 @@ def test_every_predicted_cell_is_the_one_that_llama_cpp_wrote(
                 cells += sum(map(len, real))
                 mine.clear()
         assert cells > 400
+
+
+def test_single_tokens_with_and_without_positions_follow_each_other(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model) as cache:
+        for pos in range(12):
+            if pos % 3 == 0:  # llama.cpp chooses the position
+                token = (llama_cpp.llama_token * 1)(1000 + pos)
+                assert cache.decode(llama_cpp.llama_batch_get_one(token, 1)) == 0
+            else:
+                assert decode(cache, text(1, pos)) == 0
+        with cache.exclusively():
+            assert cache.trusted and cache.used_cells == 12
+            assert cache.trackers[0].mirror.streams[0].pos[:13].tolist() == [*range(12), -1]
+
+
+def test_a_policy_cannot_change_the_record(model: llama_cpp.llama_model_p) -> None:
+    class Careless(EvictionPolicy):
+        def score(self, view: CellView) -> FloatArray:
+            view.pos[:] = -1
+            return np.zeros(len(view.pos))
+
+    with elastic(model) as cache:
+        assert decode(cache, text(60, 0)) == 0
+        cache.settings, cache.policy = CacheSettings(keep=4, tail=8, min_prune=8), Careless()
+        with pytest.raises(ValueError, match="read-only"):
+            cache.evict(16)
+        assert held(cache.ctx) == [*range(60)]
 
 
 def test_a_window_is_really_overwritten_in_the_test_above(gemma: llama_cpp.llama_model_p) -> None:

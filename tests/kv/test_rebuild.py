@@ -142,7 +142,7 @@ def test_a_lower_limit_than_the_tokens_need_forgets_the_oldest(default_model: Pa
         answer(governed.llm, prompt, 3)
         used = governed.cache.used_cells
         governed.set_cache_limit(0.125)
-        assert forgotten == [Forgotten(0, SMALL.keep, SMALL.keep + used - 256)]
+        assert forgotten == [Forgotten(0, SMALL.keep, SMALL.keep + used - 256, used - 256)]
         assert governed.cache.used_cells == governed.cache.committed_cells == 256
         assert governed.cache.first_gap(0) == SMALL.keep
         assert len(answer(governed.llm, [*prompt, 5], 40)) == 40

@@ -64,6 +64,7 @@ class GovernedLlama:
         self.cache = cache
         self.governor = governor
         self._attached = Attachment()
+        self._open_ones: list[GovernedLlama] = []
         self._closed = False
 
     def set_cache_limit(self, share: float) -> None:
@@ -107,6 +108,7 @@ class GovernedLlama:
         self.governor.stop()
         restore()
         self._closed = True
+        self._open_ones.clear()
         self._attached.undo()
         self.cache.close()
         with _registry_lock:
@@ -145,7 +147,9 @@ class GovernedLlama:
             self._attached.replace(context, "n_ctx", lambda: self.cache.n_cells)
             for name in _USES_OF_THE_CONTEXT:
                 self._attached.replace(context, name, self._exclusively(getattr(context, name)))
-        llm._stack.callback(_call_if_alive, weakref.WeakMethod(self._close_with_model))
+        # the model holds this object until it is closed, also where both are dropped: the thread must end first
+        self._open_ones.append(self)
+        llm._stack.callback(_close_all, self._open_ones)
 
     def _exclusively(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def locked(*args: Any, **kwargs: Any) -> Any:
@@ -216,10 +220,9 @@ class GovernedLlama:
             self.llm._requires_eval = True
 
 
-def _call_if_alive(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    call = method()
-    if call is not None:
-        call()
+def _close_all(governed: list[GovernedLlama]) -> None:
+    for each in list(governed):
+        each._close_with_model()
 
 
 def _valid_share(share: float) -> float:

@@ -81,6 +81,7 @@ class ElasticCache(GatedCache):
         self._copying = False
         self._closed = False
         self._run: Run | None = None
+        self._settling = False
         self.release_slack()
 
     # -- sizes ---------------------------------------------------------------------------------------------------
@@ -93,8 +94,8 @@ class ElasticCache(GatedCache):
     @property
     def used_cells(self) -> int:
         """Cells that hold a token."""
-        run = self._run
-        return self.trackers[0].mirror.used + (len(run.positions) if run else 0)
+        run = self._run  # the count at its opening, as another thread may look while it is being recorded
+        return run.used_before + len(run.taken) if run else self.trackers[0].mirror.used
 
     @property
     def committed_cells(self) -> int:
@@ -145,7 +146,7 @@ class ElasticCache(GatedCache):
 
     @property
     def _tail(self) -> int:
-        return max(self.settings.tail, self._n_swa)
+        return max(self.settings.tail, self._n_swa, 1)  # llama.cpp goes on from the last position that it holds
 
     @exclusive
     def first_gap(self, seq_id: int) -> int:
@@ -215,19 +216,24 @@ class ElasticCache(GatedCache):
 
     def _settle(self) -> None:
         """End the run: check that all its tokens went where they had to, and record them."""
-        run, self._run = self._run, None
-        if run is None or not run.positions:
+        run = self._run
+        if run is None or self._settling:  # a listener that hears of a failure may ask for more
             return
-        tokens, plans, before = run.record()
-        self._commit(tokens, plans, before)
+        self._settling = True
+        try:
+            if run.taken:
+                self._commit(*run.record())
+        finally:
+            self._run, self._settling = None, False
         self._note_peak()
 
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
         if len(tokens) == 1 and self.trusted and not self._rewritten:
-            self._run = open_run(self.trackers, tokens.seqs[0], self._gate, self._room_cells())
-            token = self._run.next(batch) if self._run else None
-            if self._run and token:
-                return self._decode_next(self._run, batch, token)
+            run = open_run(self.trackers, tokens.seqs[0], self._gate, self._room_cells())
+            token = run.next(batch) if run else None
+            if run and token:
+                self._run = run
+                return self._decode_next(run, batch, token)
         micro = self._split(tokens)
         plans = [t.plan(tokens, micro) for t in self.trackers] if self.trusted else []
         if len(self.trackers) > 1 and any(p is None for p in plans):
@@ -317,8 +323,9 @@ class ElasticCache(GatedCache):
         """`llama_memory_seq_rm`."""
         with self._busy:
             if self._run is not None and p0 > self._run.last_pos:
-                # Llama.eval removes what is not there before every token
-                return bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+                # Llama.eval removes what is not there before every token, for which llama.cpp looks at every cell
+                last = llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id) if seq_id >= 0 else p0
+                return p0 > last or bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
             self._settle()
             done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
             if done:
@@ -509,7 +516,9 @@ class ElasticCache(GatedCache):
         return trim
 
     def _evict_from(self, stream: int, n_cells: int) -> int:
-        chosen = self.policy.choose(self._view(self.trackers[0].mirror.streams[stream]), n_cells)
+        view = self._view(self.trackers[0].mirror.streams[stream])
+        chosen = self.policy.choose(view, n_cells)
+        chosen = chosen[view.evictable[chosen]]
         if not chosen.size:
             return 0
         used = self.used_cells
@@ -532,7 +541,8 @@ class ElasticCache(GatedCache):
                 for tracker in self.trackers:
                     tracker.mirror.stream_of(s).seq_rm(s, a, b)
                 if self.on_forgotten:
-                    self.on_forgotten(Forgotten(s, a, b))
+                    taken = int(((mine >= a) & (mine < b)).sum())
+                    self.on_forgotten(Forgotten(s, a, b, taken))
 
     def restore_capacity(self) -> None:
         """Nothing to do: the context is the one it always was, its pages come back as they are written."""

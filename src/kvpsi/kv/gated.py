@@ -75,11 +75,15 @@ class Trim:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Positions [first_pos, end_pos) that sequence ``seq_id`` lost to an eviction."""
+    """Positions [first_pos, end_pos) that sequence ``seq_id`` lost to an eviction.
+
+    ``n_tokens`` were still there: a range may reach over a gap that an earlier eviction left.
+    """
 
     seq_id: int
     first_pos: int
     end_pos: int
+    n_tokens: int
 
 
 class GatedCache(ABC):

@@ -34,14 +34,14 @@ class Run:
         self.gate = gate
         self.size = min(len(p.cells) for p in starts)
         self.last_pos = max(t.mirror.last_pos for t in trackers)
-        self.positions: list[int] = []
-        self.tokens: list[int] = []
+        self.used_before = trackers[0].mirror.used
+        self.taken: list[tuple[int, int]] = []  # token and position
         self._starts = starts
         self._before = [t.key_rows([[p]]) for t, p in zip(trackers, starts, strict=True)]
 
     def next(self, batch: llama_cpp.llama_batch) -> tuple[int, int] | None:
         """Token and position of a batch of one that goes on with the run, None if it does not."""
-        if len(self.tokens) >= self.size:
+        if len(self.taken) >= self.size:
             return None
         try:
             if batch.n_seq_id[0] != 1 or batch.seq_id[0][0] != self.seq_id:
@@ -52,15 +52,15 @@ class Run:
 
     def add(self, token: tuple[int, int]) -> None:
         """Note that a token was decoded."""
-        self.tokens.append(token[0])
-        self.positions.append(token[1])
+        self.taken.append(token)
         if token[1] > self.last_pos:
             self.last_pos = token[1]
 
     def record(self) -> tuple[Tokens, Plans, list[list[bytes]]]:
         """The tokens as one batch, where it went in each cache, and what the cells' rows were before."""
-        n = len(self.tokens)
-        batch = Tokens(np.array(self.tokens, np.int32), np.array(self.positions, np.int32), [(self.seq_id,)] * n, n)
+        n = len(self.taken)
+        token, pos = np.array(self.taken, dtype=np.int32).T
+        batch = Tokens(token, pos, [(self.seq_id,)] * n, n)
         plans: Plans = [[[Placement(p.stream, p.cells[:n], np.arange(n))]] for p in self._starts]
         return batch, plans, [rows[:n] for rows in self._before]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpsi.kv.cells import EMPTY, BoolArray, IntArray, StreamCells
 
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -40,7 +42,14 @@ def view_of(cells: StreamCells, *, keep: int, tail: int, block_cells: int) -> Ce
         by_pos = mine[np.argsort(cells.pos[mine], kind="stable")]
         protected[by_pos[:keep]] = True
         protected[by_pos[max(0, len(by_pos) - tail) :]] = True
-    return CellView(cells.pos, cells.owner, protected, block_cells)
+    return CellView(_read_only(cells.pos), _read_only(cells.owner), protected, block_cells)
+
+
+def _read_only(array: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
+    """What a policy must not change: a wrong record of the cells would cost live ones."""
+    view: npt.NDArray[ScalarT] = array.view()
+    view.setflags(write=False)
+    return view
 
 
 class EvictionPolicy:

@@ -103,7 +103,7 @@ class ResizedCache(GatedCache):
 
     @property
     def _tail(self) -> int:
-        return max(self.settings.tail, self._n_swa)
+        return max(self.settings.tail, self._n_swa, 1)
 
     @property
     def _needed_cells(self) -> int:
@@ -144,7 +144,7 @@ class ResizedCache(GatedCache):
             if self._sequence.remove(ONLY_SEQUENCE, first, end):
                 freed += end - first
                 if self.on_forgotten:
-                    self.on_forgotten(Forgotten(ONLY_SEQUENCE, first, end))
+                    self.on_forgotten(Forgotten(ONLY_SEQUENCE, first, end, end - first))
         trim = Trim(n_cells, freed, NOTHING)
         if freed:
             self.trims += 1
