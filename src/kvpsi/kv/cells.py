@@ -2,8 +2,8 @@
 
 llama.cpp does not tell which cell a token went to. Its rule is simple and deterministic, though
 (`llama_kv_cache::find_slot` and `apply_ubatch`), so it is replayed here on the same requests. Predictions are
-checked against memory after they were decoded (see `kvpsi.kv.elastic`); a mirror that was ever wrong is not trusted again
-until the cache has been cleared.
+checked against memory once they were decoded (see `kvpsi.kv.elastic`); a mirror that was ever wrong is not trusted
+again until the cache has been cleared.
 """
 
 from __future__ import annotations
