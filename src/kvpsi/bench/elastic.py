@@ -73,10 +73,9 @@ def _pair(
     plan: Plan, forget: Callable[[Forgotten], None] | None = None
 ) -> Iterator[tuple[llama_cpp.Llama, GovernedLlama]]:
     """A stock model, and a governed one."""
-    load = plan.load
     with (
-        contextlib.closing(open_llama(plan.model, plan.n_ctx, load)) as stock,
-        contextlib.closing(open_llama(plan.model, plan.n_ctx, load)) as llm,
+        contextlib.closing(open_llama(plan.model, plan.n_ctx, plan.load)) as stock,
+        contextlib.closing(open_llama(plan.model, plan.n_ctx, plan.load)) as llm,
         govern(llm, cache_settings=CacheSettings(keep=16, tail=256)) as governed,
     ):
         governed.cache.on_forgotten = forget

@@ -113,11 +113,6 @@ class ElasticCache(GatedCache):
         return sum(t.section.n_bytes for t in self.trackers)
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of the cells that hold a token, sliding windows included."""
-        return sum(t.mirror.used * t.section.bytes_per_cell for t in self.trackers)
-
-    @property
     def floor_cells(self) -> int:
         """Below this the cache cannot shrink: the protected tokens of the sequences that there are, of one at least,
         and room for one eviction. Cells that several sequences share count for each of them."""
@@ -479,10 +474,11 @@ class ElasticCache(GatedCache):
         return self.allowed_cells - self.used_cells
 
     def _make_room(self, n_tokens: int) -> None:
-        missing = n_tokens - self._room_cells()
+        room = self._room_cells()
+        missing = n_tokens - room
         if missing <= 0:
             return
-        self._refuse_unless(n_tokens, n_tokens - missing, self.trackers[0].mirror.streams)
+        self._refuse_unless(n_tokens, room, self.trackers[0].mirror.streams)
         trim = self.evict(max(missing, self.settings.min_prune))
         if trim.freed_cells < missing:
             raise self._refuse(n_tokens, missing - trim.freed_cells)
