@@ -769,6 +769,43 @@ def test_a_state_that_does_not_fit_leaves_the_old_one(model: llama_cpp.llama_mod
         assert seq_state(cache.ctx, 0) == long and cache.used_cells == 300 and cache.trusted
 
 
+def test_a_state_in_other_cells_than_predicted_is_noticed(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model, replace(SMALL, n_seq=2)) as cache:
+        assert decode(cache, text(50)) == 0
+        state = seq_state(cache.ctx, 0)
+        cache.trackers[0].mirror.streams[0].head = 60
+        assert cache.load_sequence(state, 1)
+        assert not cache.trusted and cache.evict(30).freed_cells == 0
+
+
+def test_a_limit_that_falls_after_a_state_was_granted_loses_nothing(
+    model: llama_cpp.llama_model_p, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with elastic(model, SMALL, settings=CacheSettings(keep=0, tail=20, min_prune=16)) as cache:
+        assert decode(cache, text(200)) == 0
+        state = seq_state(cache.ctx, 0)
+        assert cache.seq_rm(0, 100, -1)
+        drop = cache._drop
+
+        def drop_and_lower(seq_id: int) -> None:
+            drop(seq_id)
+            cache.set_limit(150 * cache.bytes_per_cell, None)
+
+        monkeypatch.setattr(cache, "_drop", drop_and_lower)
+        assert cache.load_sequence(state, 0)
+        assert held(cache.ctx) == list(range(200)) and cache.trusted
+
+
+def test_a_stream_copy_that_was_cleared_before_it_was_made_takes_no_memory(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model, SHAPES["streams"]) as cache:
+        assert decode(cache, text(200)) == 0
+        cache.seq_cp(0, 1, -1, -1)
+        cache.clear()
+        assert decode(cache, text(3)) == 0
+        assert cache.trusted and cache.used_cells == 3
+        assert cache.resident_bytes() < 0.15 * cache.capacity_bytes
+
+
 @pytest.mark.parametrize("name", ["unified", "streams"])
 def test_an_empty_sequence_is_restored_as_empty(model: llama_cpp.llama_model_p, name: str) -> None:
     with elastic(model, SHAPES[name]) as cache:

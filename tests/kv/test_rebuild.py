@@ -17,7 +17,7 @@ from contexts import batch_of
 from kvpsi.engines.caches import make_rebuilt
 from kvpsi.engines.llama import GovernedLlama, govern, govern_with
 from kvpsi.engines.loading import LoadSettings, open_llama
-from kvpsi.errors import LayoutError, RebuildError, UsageError
+from kvpsi.errors import CacheRefusedError, LayoutError, RebuildError, UsageError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, Forgotten, Rebuild, RebuildSettings, RebuiltCache
 from kvpsi.kv.pages import process_rss_bytes, trim_heap
@@ -218,6 +218,20 @@ def test_state_saved_before_a_rebuild_is_loaded_after_it(
         answer(governed.llm, [7, 8, 9], 2)
         governed.set_cache_limit(0.25)
         governed.llm.load_state(state)
+        assert answer(governed.llm, prompt + written, 10) == expected[5:15]
+
+
+def test_a_state_that_does_not_fit_leaves_the_conversation(
+    default_model: Path, prompt: list[int], expected: list[int]
+) -> None:
+    with rebuilt(default_model, 1024) as (governed, _):
+        long = governed.llm.save_state() if answer(governed.llm, prompt * 2, 1) else None
+        governed.llm.reset()
+        written = answer(governed.llm, prompt, 5)
+        governed.set_cache_limit(0.5)
+        with pytest.raises(CacheRefusedError):
+            governed.llm.load_state(long)
+        assert governed.cache.used_cells == governed.llm.n_tokens > 400
         assert answer(governed.llm, prompt + written, 10) == expected[5:15]
 
 

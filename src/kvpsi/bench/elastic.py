@@ -30,7 +30,7 @@ _TOKENS_AFTER_TRIM = 16
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. ``rounds`` of decoding alternate in both orders, ``tokens`` each, at ``depth`` tokens."""
+    """What to measure. ``rounds`` of decoding alternate in both orders, ``tokens`` each, from ``depth`` tokens on."""
 
     model: Path
     n_ctx: int = 16384

@@ -66,8 +66,10 @@ def worker(kind: Kind, model: Path, load: LoadSettings) -> Iterator[Worker]:
 
 
 def _decode_seconds(llm: llama_cpp.Llama, depth: int, tokens: list[int]) -> float:
+    """Time in which the tokens are decoded one by one where the model stands; at its end it goes back to ``depth``."""
+    if llm.n_tokens + len(tokens) > llm.n_ctx():
+        llm.n_tokens = depth
     started = time.perf_counter()
-    llm.n_tokens = depth
     for token in tokens:
         llm.eval([token])
     return time.perf_counter() - started

@@ -16,7 +16,8 @@ from kvpsi.kv.policies import EvictionPolicy, Streaming
 
 log = logging.getLogger("kvpsi")
 
-_ONLY_SEQUENCE = 0
+ONLY_SEQUENCE = 0
+"""The one that `llama_cpp.Llama` uses."""
 
 MakeCache = Callable[[llama_cpp.Llama, CacheSettings | None, EvictionPolicy | None, Instrument], GatedCache]
 """How the context of a model, emptied before, gets its cache; raises LayoutError where that cannot be."""
@@ -85,11 +86,11 @@ def make_cache(
     refuse_unsupported(ctx)
     memory = llama_cpp.llama_get_memory(ctx)
     held = range(int(llama_cpp.llama_n_seq_max(ctx)))
-    others = [s for s in held if s != _ONLY_SEQUENCE and llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
+    others = [s for s in held if s != ONLY_SEQUENCE and llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
     if others:
         raise LayoutError("The context holds several sequences already; govern it before they are decoded.")
-    in_use = llama_cpp.llama_memory_seq_pos_max(memory, _ONLY_SEQUENCE) >= 0
-    state = seq_state(ctx, _ONLY_SEQUENCE) if in_use else b""
+    in_use = llama_cpp.llama_memory_seq_pos_max(memory, ONLY_SEQUENCE) >= 0
+    state = seq_state(ctx, ONLY_SEQUENCE) if in_use else b""
     llama_cpp.llama_memory_clear(memory, False)
     try:
         cache = make(llm, settings, policy, instrument)
@@ -97,10 +98,10 @@ def make_cache(
         llm._requires_eval = True
         if state:
             source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-            if not llama_cpp.llama_state_seq_set_data(ctx, source, len(state), _ONLY_SEQUENCE):
+            if not llama_cpp.llama_state_seq_set_data(ctx, source, len(state), ONLY_SEQUENCE):
                 llm.n_tokens = 0
         raise
-    if state and not cache.load_sequence(state, _ONLY_SEQUENCE):
+    if state and not cache.load_sequence(state, ONLY_SEQUENCE):
         llm.n_tokens = 0
     llm._requires_eval = True
     return cache

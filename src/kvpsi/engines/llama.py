@@ -16,7 +16,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from kvpsi.engines.attach import Attachment
-from kvpsi.engines.caches import MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
+from kvpsi.engines.caches import ONLY_SEQUENCE, MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.instrument import Instrument, guarded
@@ -28,7 +28,6 @@ from kvpsi.pressure import LinuxSource, MonitorSettings, PressureSource, Trigger
 
 log = logging.getLogger("kvpsi")
 
-_ONLY_SEQUENCE = 0
 _USES_OF_THE_CONTEXT = ("pooling_type", "get_state_size", "set_n_threads", "reset_timings", "print_timings")
 _registry: weakref.WeakSet[GovernedLlama] = weakref.WeakSet()
 _registry_lock = threading.Lock()
@@ -181,7 +180,7 @@ class GovernedLlama:
 
     def _recompute_what_was_forgotten(self, n_tokens: int) -> None:
         """Before a new prompt reuses the cache: if there is room for all of it, reuse only what has no gaps."""
-        gap = self.cache.first_gap(_ONLY_SEQUENCE)
+        gap = self.cache.first_gap(ONLY_SEQUENCE)
         if gap < self.llm.n_tokens and n_tokens <= self.cache.allowed_cells:
             self.llm.n_tokens = gap
             self.llm._requires_eval = True
@@ -190,16 +189,16 @@ class GovernedLlama:
         """`llama_cpp.Llama.load_state`, except that the cache is not filled with zeros first.
 
         Raises:
-            CacheRefusedError: the state does not fit; if pages are given back, the model keeps what it had.
+            CacheRefusedError: the state does not fit; the model keeps what it had.
         """
         llm = self.llm
-        header = seq_state(llm.ctx, _ONLY_SEQUENCE)[:HEADER_BYTES]
+        header = seq_state(llm.ctx, ONLY_SEQUENCE)[:HEADER_BYTES]
         data = sequence_from_whole(bytes(state.llama_state), header)
         loaded = False
         try:
-            if self.cache.mode == "rebuild" or not self.cache.trusted:
+            if not self.cache.trusted:
                 self.cache.clear()
-            loaded = self.cache.load_sequence(data, _ONLY_SEQUENCE)
+            loaded = self.cache.load_sequence(data, ONLY_SEQUENCE)
         finally:
             if not loaded:
                 self._forget_unless_kept()

@@ -35,7 +35,7 @@ from kvpsi.kv.policies import EvictionPolicy, Streaming
 from kvpsi.kv.policies.base import CellView, view_of
 from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, parse_state
-from kvpsi.kv.tracker import NOTHING, Micro, Release, SectionTracker
+from kvpsi.kv.tracker import NOTHING, KeyRows, Micro, Release, SectionTracker
 from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
 from kvpsi.status import CacheStatus
 
@@ -139,10 +139,6 @@ class ElasticCache(GatedCache):
         self._held = np.sum([np.count_nonzero(s.owner, axis=0) for s in streams], axis=0, dtype=np.int64)
         self._protected = self._protected_of(self._held)
 
-    @property
-    def _tail(self) -> int:
-        return max(self.settings.tail, self._n_swa, 1)  # llama.cpp goes on from the last position that it holds
-
     @exclusive
     def first_gap(self, seq_id: int) -> int:
         """First position that a sequence has lost (or not reached yet): what is before it is complete."""
@@ -235,7 +231,7 @@ class ElasticCache(GatedCache):
             # a sliding-window model tries a second way of splitting before it gives up
             micro = split_equal(tokens, self._n_ubatch, streams=False)
             plans = [t.plan(tokens, micro) for t in self.trackers]
-        before = [t.key_rows(p) if p else [] for t, p in zip(self.trackers, plans, strict=False)]
+        before = [t.key_rows(p or []) for t, p in zip(self.trackers, plans, strict=False)]
         with self._interruptibly(self.ctx, divisible and self.trusted and len(micro) == 1):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if self.trusted:
@@ -247,7 +243,7 @@ class ElasticCache(GatedCache):
             self.release_slack()
         return code
 
-    def _record(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[list[bytes]]) -> None:
+    def _record(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[KeyRows]) -> None:
         """Bring the mirrors up to date with what the decode did."""
         if code == DECODE_OK:
             self._commit(tokens, plans, before)
@@ -270,7 +266,7 @@ class ElasticCache(GatedCache):
             return split_equal(tokens, self._n_ubatch, streams=True)
         return split_simple(tokens, self._n_ubatch)
 
-    def _commit(self, tokens: Tokens, plans: Plans, before: list[list[bytes]]) -> None:
+    def _commit(self, tokens: Tokens, plans: Plans, before: list[KeyRows]) -> None:
         foreseen = [p for p in plans if p is not None]
         if len(foreseen) < len(plans):
             self._distrust("llama.cpp found room where none was foreseen")
@@ -311,7 +307,8 @@ class ElasticCache(GatedCache):
             tracker.mirror.clear()
         self._count_held()
         self.distrust_reason = None
-        self._rewritten = self._copying = False
+        self._rewritten = self._copying  # a stream copy is made all the same, into cells that nobody needs
+        self._copying = False
         self.release_slack()
 
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
@@ -377,16 +374,18 @@ class ElasticCache(GatedCache):
         loads = [_saved_tokens(section, seq_id) for section in sections]
         self._ask_to_replace(seq_id, len(loads[0]))
         self._drop(seq_id)
-        self._make_room(len(loads[0]))
+        self._evict_for(len(loads[0]))  # it was granted, whatever the limit is by now
         plans = [t.plan(tokens, [[np.arange(len(tokens))]]) for t, tokens in zip(self.trackers, loads, strict=True)]
         source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if not llama_cpp.llama_state_seq_set_data(self.ctx, source, len(state), seq_id):
             self._distrust("a saved state was refused, after which the cells in use are not known")
             self._count_held()
             return False
-        for tracker, tokens, plan in zip(self.trackers, loads, plans, strict=True):
+        for tracker, tokens, plan, section in zip(self.trackers, loads, plans, sections, strict=True):
             if plan is None:
                 self._distrust("llama.cpp found room where none was foreseen")
+            elif not tracker.all_loaded(plan, section):
+                self._distrust("a saved state did not go to the cells that were predicted for it")
             elif len(tokens):
                 tracker.commit(tokens, plan[0])
         self._count_held()
@@ -435,7 +434,6 @@ class ElasticCache(GatedCache):
                 done += tracker.release_slack()
         except OSError as error:
             self._distrust(f"the kernel would not take pages back ({error}); is the process's memory locked?")
-            return done
         if done.requested_bytes:
             self.releases += 1
             self.returned_bytes += done.returned_bytes
@@ -474,14 +472,15 @@ class ElasticCache(GatedCache):
         return self.allowed_cells - self.used_cells
 
     def _make_room(self, n_tokens: int) -> None:
-        room = self._room_cells()
-        missing = n_tokens - room
-        if missing <= 0:
-            return
-        self._refuse_unless(n_tokens, room, self.trackers[0].mirror.streams)
-        trim = self.evict(max(missing, self.settings.min_prune))
-        if trim.freed_cells < missing:
-            raise self._refuse(n_tokens, missing - trim.freed_cells)
+        self._refuse_unless(n_tokens, self._room_cells(), self.trackers[0].mirror.streams)
+        still_missing = self._evict_for(n_tokens)
+        if still_missing > 0:
+            raise self._refuse(n_tokens, still_missing)
+
+    def _evict_for(self, n_tokens: int) -> int:
+        """Evict what so many tokens need; how many cells are missing all the same."""
+        missing = n_tokens - self._room_cells()
+        return missing - self.evict(max(missing, self.settings.min_prune)).freed_cells if missing > 0 else 0
 
     def _refuse_unless(self, n_tokens: int, room: int, streams: Sequence[StreamCells]) -> None:
         """Raise CacheRefusedError unless so many tokens fit into the room and what may go from the streams."""

@@ -90,11 +90,12 @@ class GatedCache(ABC):
     """Base of the caches that a governor can shrink.
 
     ``mode`` tells how memory is given back. A subclass knows its ``n_cells`` before it calls ``__init__``, and sets
-    ``_n_ubatch``, the most tokens that llama.cpp computes at once.
+    ``_n_ubatch``, the most tokens that llama.cpp computes at once, and ``_n_swa``, the sliding window or 0.
     """
 
     mode: ClassVar[Literal["pages", "rebuild"]]
     _n_ubatch: int
+    _n_swa: int
 
     def __init__(
         self,
@@ -297,6 +298,11 @@ class GatedCache(ABC):
         if self.allowed_cells < self.n_cells:
             most = min(most, self.allowed_cells - min(self.used_cells, self._protected_cells))
         return max(1, most)
+
+    @property
+    def _tail(self) -> int:
+        """Last tokens of a sequence that stay; at least one, as llama.cpp goes on from the last that it holds."""
+        return max(self.settings.tail, self._n_swa, 1)
 
     @property
     def _protected_cells(self) -> int:

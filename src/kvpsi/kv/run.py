@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 
 from kvpsi.kv.cells import Placement
-from kvpsi.kv.tracker import SectionTracker
+from kvpsi.kv.tracker import KeyRows, SectionTracker
 from kvpsi.kv.ubatch import Tokens
 
 Plans = list[list[list[Placement]] | None]
@@ -56,7 +56,7 @@ class Run:
         if token[1] > self.last_pos:
             self.last_pos = token[1]
 
-    def record(self) -> tuple[Tokens, Plans, list[list[bytes]]]:
+    def record(self) -> tuple[Tokens, Plans, list[KeyRows]]:
         """The tokens as one batch, where it went in each cache, and what the cells' rows were before."""
         n = len(self.taken)
         token, pos = np.array(self.taken, dtype=np.int32).T

@@ -11,14 +11,19 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvpsi.kv import pages
 from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
-from kvpsi.kv.layout import Section
+from kvpsi.kv.layout import Plane, Section
+from kvpsi.kv.statedata import SectionState
 from kvpsi.kv.ubatch import Index, Tokens
 
 Micro = Sequence[Sequence[Index]]
 """Micro-batches, each a list of groups (one, or one for each stream), each the indexes of its tokens."""
+
+KeyRows = npt.NDArray[np.uint8]
+"""Layer 0's K rows of some cells, shape [cells, bytes of a row]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,13 @@ class Release:
 NOTHING = Release(0, 0, 0.0)
 
 
+def _key_rows(plane: Plane, n_cells: int) -> KeyRows:
+    """The rows of a plane where they lie, for as long as the context lives."""
+    size = plane.bytes_per_cell
+    where = ctypes.cast(plane.base, ctypes.POINTER(ctypes.c_uint8))
+    return np.ctypeslib.as_array(where, (n_cells, size))
+
+
 def runs(mask: BoolArray) -> list[tuple[int, int]]:
     """The [start, end) ranges in which a mask is true."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
@@ -59,6 +71,7 @@ class SectionTracker:
         # llama.cpp wrote zeros over everything, so all of it is committed to begin with
         self.touched = [np.ones(section.n_cells, dtype=np.bool_) for _ in range(section.n_stream)]
         inner = pages.whole_pages(section.extent.start, section.extent.end)
+        self._keys = [_key_rows(planes[0], section.n_cells) for planes in section.planes]
         self.inner = inner if inner is not None else pages.Mapping(section.extent.start, section.extent.start)
         pages.forbid_huge_pages(self.inner)
         pages.set_apart(self.inner)
@@ -114,39 +127,39 @@ class SectionTracker:
 
     # -- verifying -----------------------------------------------------------------------------------------------
 
-    def key_rows(self, plan: Sequence[Sequence[Placement]]) -> list[bytes]:
-        """Layer 0's K rows of the planned cells as they are now."""
-        rows: list[bytes] = []
-        for placements in plan:
-            for p in placements:
-                plane = self.section.planes[p.stream][0]
-                size = plane.bytes_per_cell
-                rows.extend(ctypes.string_at(plane.base + int(c) * size, size) for c in p.cells)
-        return rows
+    def key_rows(self, plan: Sequence[Sequence[Placement]]) -> KeyRows:
+        """A copy of layer 0's K rows of the planned cells as they are now."""
+        rows = [self._keys[p.stream][p.cells] for placements in plan for p in placements]
+        return np.concatenate(rows) if rows else self._keys[0][:0]
 
-    def all_written(self, tokens: Tokens, plan: Sequence[Sequence[Placement]], before: list[bytes]) -> bool:
+    def all_written(self, tokens: Tokens, plan: Sequence[Sequence[Placement]], before: KeyRows) -> bool:
         """Whether every planned cell's row changed, unless it may have held the very same bytes already.
 
         It may where its last position was the same and its last token the same, or not known (a restored state).
 
         Call it after the decode and before `commit`.
         """
-        after = self.key_rows(plan)
-        if all(a != b for a, b in zip(after, before, strict=True)):
+        unchanged = (self.key_rows(plan) == before).all(axis=1)
+        if not unchanged.any():
             return True
         at = 0
         for placements in plan:
             for p in placements:
-                cells = self.mirror.streams[p.stream]
-                for cell, i in zip(p.cells, p.index, strict=True):
-                    same = cells.held_pos[cell] == tokens.pos[i] and cells.token[cell] in (
-                        UNKNOWN_TOKEN,
-                        tokens.token[i],
-                    )
-                    if after[at] == before[at] and not same:
-                        return False
-                    at += 1
+                held = self.mirror.streams[p.stream]
+                mine = unchanged[at : at + len(p.cells)]
+                at += len(p.cells)
+                cells, index = p.cells[mine], p.index[mine]
+                token = held.token[cells]
+                same_token = (token == UNKNOWN_TOKEN) | (token == tokens.token[index])
+                if not ((held.held_pos[cells] == tokens.pos[index]) & same_token).all():
+                    return False
         return True
+
+    def all_loaded(self, plan: Sequence[Sequence[Placement]], saved: SectionState) -> bool:
+        """Whether the planned cells hold layer 0's K rows of a saved state, in its order."""
+        if not saved.keys:
+            return True
+        return self.key_rows(plan).tobytes() == saved.keys[0].data
 
     # -- giving back ---------------------------------------------------------------------------------------------
 

@@ -174,11 +174,13 @@ class RebuiltCache(ResizedCache):
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it.
 
         Raises:
-            CacheRefusedError: the state's cells do not fit below ``limit_cells``.
+            CacheRefusedError: the state's cells do not fit below ``limit_cells``; what was there is kept.
             LayoutError: the bytes are not a sequence's state.
         """
         refuse_others(seq_id)
         positions = positions_of(state)
+        self._revive()
+        self._ask_to_replace(len(positions))
         self.seq_rm(seq_id, -1, -1)
         self._shrink_if_due()
         self._have_cells(len(positions))

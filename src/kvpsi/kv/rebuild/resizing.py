@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -102,10 +103,6 @@ class ResizedCache(GatedCache):
         return self._sequence.held.gap
 
     @property
-    def _tail(self) -> int:
-        return max(self.settings.tail, self._n_swa, 1)
-
-    @property
     def _needed_cells(self) -> int:
         """The least size that holds the tokens in use."""
         return max(round_up(self.used_cells), self.floor_cells)
@@ -133,6 +130,15 @@ class ResizedCache(GatedCache):
         trim = self.evict(max(missing, self.settings.min_prune))
         if trim.freed_cells < missing:
             raise self._refuse(n_tokens, missing - trim.freed_cells)
+
+    def _ask_to_replace(self, n_tokens: int) -> None:
+        """Raise CacheRefusedError unless so many tokens could be had in place of those that are held."""
+        emptied = dataclasses.replace(self._sizes(), used_cells=0)
+        most = emptied.fitting(min(emptied.committed_cells, emptied.allowed_cells))
+        if self._can_grow():
+            most = max(most, reachable_cells(emptied))
+        if n_tokens > most:
+            raise self._refuse(n_tokens, n_tokens - most)
 
     @exclusive
     def evict(self, n_cells: int) -> Trim:
