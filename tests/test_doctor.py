@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import json
 import mmap
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvpsi import pressure as sensing
@@ -72,11 +72,9 @@ def test_huge_pages(tmp_path: Path, text: str, status: str) -> None:
     assert memory.huge_pages(tmp_path).status == status
 
 
-@pytest.mark.parametrize(
-    ("limit_bytes", "status"), [(resource.RLIM_INFINITY, "ok"), (1 << 40, "ok"), (1 << 16, "warn")]
-)
+@pytest.mark.parametrize(("limit_bytes", "status"), [(psutil.RLIM_INFINITY, "ok"), (1 << 40, "ok"), (1 << 16, "warn")])
 def test_locked_memory(monkeypatch: pytest.MonkeyPatch, limit_bytes: int, status: str) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit_bytes, limit_bytes))
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: (limit_bytes, limit_bytes))
     assert memory.locking().status == status
 
 

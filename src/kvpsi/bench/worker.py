@@ -40,7 +40,7 @@ class Worker:
         self._ask("read", n_tokens)
 
     def decode_seconds(self, n_tokens: int) -> float:
-        """Time of taking out what is behind the prompt and decoding so many tokens there, one after the other."""
+        """Time of decoding so many tokens, one after the other, behind those that are there."""
         return self._ask("decode", n_tokens)
 
     def _ask(self, *question: str | int) -> float:

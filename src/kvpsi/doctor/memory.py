@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import resource
 import sys
 from pathlib import Path
+
+import psutil
 
 from kvpsi.doctor.finding import Finding
 from kvpsi.models import DEFAULT_MODEL
@@ -101,8 +102,10 @@ def huge_pages(root: Path) -> Finding:
 
 def locking() -> Finding:
     """How much memory may be locked; only locking the weights needs it."""
-    limit_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if limit_bytes == resource.RLIM_INFINITY:
+    if not hasattr(psutil, "RLIMIT_MEMLOCK"):
+        return Finding("locked memory", "ok", "this system states no limit")
+    limit_bytes = psutil.Process().rlimit(psutil.RLIMIT_MEMLOCK)[0]
+    if limit_bytes == psutil.RLIM_INFINITY:
         return Finding("locked memory", "ok", "unlimited")
     fact = f"at most {format_bytes(limit_bytes)}"
     if limit_bytes >= DEFAULT_MODEL.size_bytes:

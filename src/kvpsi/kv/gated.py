@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ log = logging.getLogger("kvpsi")
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="GatedCache")
+
+_LIBC = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
 
 DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED, DECODE_INVALID = 0, 1, 2, -1
 
@@ -335,7 +338,7 @@ class GatedCache(ABC):
             return
         # libc's strlen of a two-byte buffer: 0 while its first byte is 0. A C function costs nothing per graph
         # node, a Python one would cost as much as the node itself.
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        strlen = ctypes.cast(_LIBC.strlen, llama_cpp.ggml_abort_callback)
         llama_cpp.llama_set_abort_callback(ctx, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
         with self._abort_lock:
             self._interruptible = True

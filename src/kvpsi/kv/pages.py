@@ -22,8 +22,8 @@ _MADV_NOHUGEPAGE = 15
 _MADV_DONTDUMP = 16
 _MADV_DODUMP = 17
 
-_libc = ctypes.CDLL(None, use_errno=True)
 if sys.platform == "linux":
+    _libc = ctypes.CDLL(None, use_errno=True)
     _madvise = _libc.madvise
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     _mincore = _libc.mincore
@@ -97,9 +97,8 @@ def _release_at_once(ranges: Sequence[Mapping]) -> bool:
 
 def trim_heap() -> None:
     """Have the C library give back what was freed on its heap (glibc's malloc_trim(3); elsewhere nothing)."""
-    trim = getattr(_libc, "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    if sys.platform == "linux" and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def forbid_huge_pages(pages: Mapping) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock, Timeout
 
 from kvpsi.errors import DownloadError, EnvironmentProblem, ModelFileError
 from kvpsi.models.catalog import DEFAULT_MODEL, MODELS, NamedModel
@@ -125,13 +126,16 @@ def _fetch(model: NamedModel, folder: Path, target: Path, report: ReportProgress
 @contextlib.contextmanager
 def _lock(folder: Path, model: NamedModel, report: ReportProgress) -> Iterator[None]:
     """One pull per folder at a time. The kernel drops the lock when its holder dies, however it dies."""
-    with (folder / ".lock").open("a") as lock_file:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(Progress("waiting", 0, model.size_bytes))
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        report(Progress("waiting", 0, model.size_bytes))
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _remove_leftovers(folder: Path) -> None:
