@@ -3,56 +3,79 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from support.board import forget_cached_pages, open_board, wait_for
-from support.pressure_machine import PressureMachine
+from kvpsi.board import BoardSettings, open_board
+from kvpsi.hog import Hog, HogSettings
 
 RUNNER = Path(__file__).parents[1] / "support" / "runner.py"
 MIB = 1 << 20
 
+pytestmark = [pytest.mark.engine, pytest.mark.pressure, pytest.mark.usefixtures("board_places")]
+
 
 def play(
-    machine: PressureMachine, tmp_path: Path, model: Path, kind: str, *, wait: str, mib: int, mib_per_s: float
-) -> tuple[int, int, int, dict[str, object]]:
-    """Exit codes of model and neighbour, kills, and what the model reported."""
+    tmp_path: Path, model: Path, kind: str, *, wait: str, mib: int, mib_per_s: float
+) -> tuple[int, str | None, int, dict[str, object]]:
+    """Exit code of the model, what killed the neighbour, kills, and what the model reported."""
     forget_cached_pages(model)
-    log, hog_log, events = tmp_path / "model.log", tmp_path / "hog.log", tmp_path / "events.jsonl"
-    with open_board(machine, limit_bytes=600 * MIB) as board:
-        runner = board.start([sys.executable, RUNNER, kind, model, 16384, 3000, 150, events], log)
+    log, events = tmp_path / "model.log", tmp_path / "events.jsonl"
+    neighbour = HogSettings(mib * MIB, rate_bytes_s=mib_per_s * MIB, hold_s=5)
+    with open_board(BoardSettings(600 * MIB)) as board, log.open("w") as output:
+        runner = board.start(
+            [sys.executable, RUNNER, kind, model, "16384", "3000", "150", events],
+            group="model",
+            stdout=output,
+            stderr=output,
+        )
         assert wait_for(log, wait, runner, 120), log.read_text()
-        hog = board.start_hog(mib=mib, mib_per_s=mib_per_s, hold_s=5, log=hog_log)
-        hog_code, runner_code = hog.wait(300), runner.wait(300)
-        kills = board.oom_kills()
+        hog = Hog(neighbour, lambda command: board.start(command, group="neighbour", stdout=subprocess.PIPE))
+        fared, code = hog.wait(), runner.wait(300)
+        kills = board.figures().kills
     lines = log.read_text().splitlines()
-    report = json.loads(lines[-1]) if runner_code == 0 else {}
-    print(kind, "model", runner_code, "neighbour", hog_code, "kills", kills, report, hog_log.read_text())
-    return runner_code, hog_code, kills, report
+    report = json.loads(lines[-1]) if code == 0 else {}
+    print(kind, "model", code, "neighbour", fared, "kills", kills, report)
+    return code, fared.killed_by, kills, report
 
 
-@pytest.mark.engine
-@pytest.mark.pressure
-def test_stock_is_killed(pressure_machine: PressureMachine, tmp_path: Path, default_model: Path) -> None:
-    code, _, kills, _ = play(pressure_machine, tmp_path, default_model, "stock", wait="READY", mib=300, mib_per_s=100)
+def forget_cached_pages(file: Path) -> None:
+    """Drop a file from the page cache, so that whoever reads it next is charged for it."""
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[str], timeout_s: float) -> bool:
+    """Whether ``text`` shows up in a log before the process ends or time runs out."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if text in log.read_text():
+            return True
+        if process.poll() is not None:
+            return text in log.read_text()
+        time.sleep(0.05)
+    return False
+
+
+def test_stock_is_killed(tmp_path: Path, default_model: Path) -> None:
+    code, _, kills, _ = play(tmp_path, default_model, "stock", wait="READY", mib=300, mib_per_s=100)
     assert code == -9
     assert kills >= 1
 
 
-@pytest.mark.engine
-@pytest.mark.pressure
 @pytest.mark.parametrize("mib_per_s", [100, 400])
 @pytest.mark.parametrize("wait", ["READY", "WRITING"])
 def test_governed_lives_and_so_does_the_neighbour(
-    pressure_machine: PressureMachine, tmp_path: Path, default_model: Path, mib_per_s: float, wait: str
+    tmp_path: Path, default_model: Path, mib_per_s: float, wait: str
 ) -> None:
     """It starts while the prompt is read, or while the answer is written; both fit only if the cache shrinks."""
-    code, hog_code, kills, report = play(
-        pressure_machine, tmp_path, default_model, "governed", wait=wait, mib=400, mib_per_s=mib_per_s
-    )
-    assert (code, hog_code, kills) == (0, 0, 0)
+    code, killed_by, kills, report = play(tmp_path, default_model, "governed", wait=wait, mib=400, mib_per_s=mib_per_s)
+    assert (code, killed_by, kills) == (0, None, 0)
     assert report["produced"] == 150
     assert report["trims"]
     assert report["trusted"] is True

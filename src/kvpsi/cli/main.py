@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import __version__
-from kvpsi.cli import bench, doctor, generate, pull
+from kvpsi.cli import bench, board, doctor, generate, hog, pull
 from kvpsi.cli.output import one_line
 from kvpsi.errors import KvpsiError
 
@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.add_typer(bench.app, name="bench")
+app.add_typer(board.app, name="board")
 app.command()(doctor.doctor)
+app.command()(hog.hog)
 app.command()(pull.pull)
 
 

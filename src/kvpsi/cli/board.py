@@ -1,0 +1,64 @@
+"""``kvpsi board …``: a small machine to try things on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import subprocess
+import sys
+from typing import Annotated, cast
+
+import typer
+
+from kvpsi.cli.output import one_line, print_json
+from kvpsi.errors import UsageError
+from kvpsi.units import format_bytes, parse_bytes
+
+app = typer.Typer(help="Run commands on a small machine: a cgroup with its own memory limit.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(help="The command and its arguments, after --.")],
+    memory: Annotated[str, typer.Option("--memory", help="Memory of the board: 600M.")] = "600M",
+    swap: Annotated[str, typer.Option("--swap", help="none, or zram: compressed memory half as large.")] = "none",
+    cpus: Annotated[float | None, typer.Option("--cpus", help="Processors: 0.5. Default: all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Run a command on a fresh board and remove the board afterwards; the exit status is the command's. Needs root."""
+    from kvpsi.board import BoardSettings, open_board
+    from kvpsi.board.board import SwapKind
+
+    settings = BoardSettings(parse_bytes(memory), cast("SwapKind", swap), cpus)
+    with open_board(settings) as board:
+        try:
+            process = board.start(command, stdout=sys.stderr if json else None)
+        except OSError as error:
+            raise UsageError(f"{command[0]} cannot be started: {error.strerror}.") from error
+        code = _wait(process)
+        figures = board.figures()
+    if json:
+        print_json({"exit_status": code, **dataclasses.asdict(figures)})
+    else:
+        peak = "unknown" if figures.peak_bytes is None else format_bytes(figures.peak_bytes)
+        stall = "unknown" if figures.stall_s is None else f"{figures.stall_s:.2f} s"
+        told = f"board: peak {peak} of {format_bytes(settings.memory_bytes)}, {figures.kills} killed, stall {stall}"
+        print(one_line(told), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _wait(process: subprocess.Popen[str]) -> int:
+    """The command's exit status as a shell gives it. Ctrl-C reaches the command itself; a second one ends the wait."""
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        code = process.poll() if process.poll() is not None else -int(signal.SIGINT)  # type: ignore[assignment]
+    return 128 - code if code < 0 else code
