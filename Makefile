@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= At what water level does the station send the red alarm?
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= elastic
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format bench setup clean

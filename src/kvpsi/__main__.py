@@ -1,7 +1,17 @@
-"""``python -m kvpsi`` is the ``kvpsi`` command."""
+"""``kvpsi`` and ``python -m kvpsi`` begin here."""
 
 import sys
 
-from kvpsi.cli.main import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command; Ctrl-C while the modules are still being loaded shows no traceback either."""
+    try:
+        from kvpsi.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -15,6 +15,8 @@ from kvpsi.errors import PromptTooLongError, UsageError
 from kvpsi.kv import Forgotten, GatedCache
 from kvpsi.units import format_bytes
 
+_MOST_TOKENS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -26,8 +28,8 @@ class Sampling:
     repeat_penalty: float = 1.1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_predict <= 1 << 20:
-            raise UsageError(f"{self.n_predict} tokens to generate make no sense; give at least 1 with -n.")
+        if not 1 <= self.n_predict <= _MOST_TOKENS:
+            raise UsageError(f"{self.n_predict} tokens to generate make no sense; give 1 to {_MOST_TOKENS} with -n.")
         if not 0.0 <= self.temperature <= 10.0:
             raise UsageError(f"A temperature of {self.temperature} makes no sense; give 0 to 10 with --temp.")
         if not 0.0 < self.repeat_penalty <= 10.0:
@@ -62,8 +64,10 @@ class Report:
         """The closing line for people."""
         speed = (
             f"{self.prompt_tokens} tokens read at {self.prompt_tokens_per_second:.0f} tok/s, "
-            f"{self.generated_tokens} written at {self.tokens_per_second:.1f} tok/s"
+            f"{self.generated_tokens} written"
         )
+        if self.generated_tokens > 1:
+            speed += f" at {self.tokens_per_second:.1f} tok/s"
         if self.cache is None:
             return f"{speed} · not governed"
         c = self.cache

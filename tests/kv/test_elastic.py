@@ -833,6 +833,61 @@ def test_what_is_no_state_of_this_model_is_refused_before_anything_is_lost(
         assert decode(cache, text(1, 50)) == 0
 
 
+# -- Ctrl-C, and being trusted again -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["unified", "streams", "gemma"])
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_ctrl_c_right_after_a_decode_loses_nothing(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str, n_tokens: int
+) -> None:
+    """That is where Python raises it, as llama.cpp itself is not interrupted."""
+    model = request.getfixturevalue("gemma" if name == "gemma" else "model")
+    shape = Shape(n_ctx=1280, n_seq=1, n_batch=256, n_ubatch=128) if name == "gemma" else SHAPES[name]
+    with elastic(model, shape) as cache:
+        assert decode(cache, text(100)) == decode(cache, text(1, 100)) == 0
+        decode_really = llama_cpp.llama_decode
+
+        def interrupted(ctx: Any, batch: Any) -> int:
+            decode_really(ctx, batch)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llama_cpp, "llama_decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                decode(cache, text(n_tokens, 101))
+        assert cache.trusted and cache.used_cells == 101 + n_tokens
+        assert cache.seq_rm(0, 101, -1)
+        assert decode(cache, text(3, 101)) == 0
+        assert cache.release_slack() is not None and cache.trusted
+        assert held(cache.ctx) == list(range(104))
+
+
+def test_taking_out_everything_is_a_new_beginning(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model, replace(SMALL, n_seq=2)) as cache:
+        assert decode(cache, text(50)) == 0
+        assert decode(cache, text(20, seq_id=1)) == 0
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(cache.ctx), 0, 40, -1)
+        assert cache.release_slack().requested_bytes == 0 and not cache.trusted
+        assert cache.seq_rm(0, 0, -1) and not cache.trusted, "the other one may be anywhere"
+        assert cache.seq_rm(1, -1, -1) and cache.trusted
+        assert decode(cache, text(30)) == 0 and cache.trusted and cache.used_cells == 30
+
+
+def test_what_was_written_while_distrusted_is_no_surprise_afterwards(model: llama_cpp.llama_model_p) -> None:
+    """The first and last page of the cache are never given back: what is in them stays."""
+    with elastic(model, SMALL) as cache:
+        assert decode(cache, text(8)) == 0
+        cache._distrust("for this test")
+        other = [(token + 17, pos, seqs) for token, pos, seqs in text(8)]
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(cache.ctx), False)
+        assert decode(cache, other) == 0
+        cache.clear()
+        assert cache.trusted
+        assert decode(cache, other) == 0
+        assert cache.release_slack() is not None and cache.trusted
+
+
 # -- leaving --------------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ class Plan:
         if self.n_ctx < _TOKENS_BEFORE_TRIM + 512:
             raise UsageError(f"The bench needs a context of at least {_TOKENS_BEFORE_TRIM + 512} tokens; raise -c.")
         if self.rounds < 2 or self.trims < 1 or self.tokens < 1:
-            raise UsageError("The bench needs at least 2 rounds, 1 trim and 1 token.")
+            raise UsageError("The bench needs at least 2 rounds of decoding; raise --rounds.")
 
     @property
     def load(self) -> LoadSettings:
@@ -137,7 +137,7 @@ def trim_and_compare(plan: Plan, report: Report) -> tuple[list[Trimmed], bool]:
         stock.eval(prompt)
         llm.eval(prompt)
         for number in range(plan.trims):
-            report(f"trim {number + 1} of {plan.trims}")
+            report(f"trimming, {number + 1} of {plan.trims}")
             before = cache.resident_bytes()
             started = time.perf_counter()
             trim = cache.evict(_TOKENS_TO_TRIM)

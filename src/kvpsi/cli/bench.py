@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -50,8 +51,24 @@ def _status_on_stderr() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Stages()
+        return
     with console.status("starting") as status:
-        yield lambda text: status.update(text) if console.is_terminal else None
+        yield status.update
+
+
+class _Stages:
+    """One line for each stage, where there is no terminal on which a line could change."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, text: str) -> None:
+        stage = text.partition(",")[0]
+        if stage != self._stage:
+            self._stage = stage
+            print(f"kvpsi: {stage}", file=sys.stderr, flush=True)
 
 
 def _print_figures(document: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from kvpsi.governor import LawSettings
     from kvpsi.kv import CacheSettings
 
+_SHORT_S = 2.0
+_BUSY_SHARE = 0.25
 _NO_ROOM = (
     "There is no room for more tokens below the cache's limit, and no more may be forgotten; free memory, raise "
     "--cache-limit, or lower --keep and --tail."
@@ -35,7 +38,9 @@ _NO_ROOM = (
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")] = "",
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="A text to put before the prompt.")] = None,
+    file: Annotated[
+        list[Path] | None, typer.Option("--file", "-f", help="A text to put before the prompt; may be repeated.")
+    ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="As for `kvpsi pull`.")] = "default",
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Context in tokens, 0: as needed.")] = 0,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
@@ -56,7 +61,7 @@ def generate(
 ) -> None:
     """Answer a prompt, and print one line about speed and memory afterwards (on standard error)."""
     from kvpsi.cli.eventlog import EventLog
-    from kvpsi.engines.loading import LoadSettings, preview, show_errors_only
+    from kvpsi.engines.loading import LoadSettings, preview, show_errors_only, usable_threads
     from kvpsi.generation import Answer, Sampling
 
     if log is not None and no_govern:
@@ -66,12 +71,13 @@ def generate(
     cache = _cache_settings(keep, tail, min_prune)
     law = _law_settings(reserve, regrow_above)
     share = units.parse_share(cache_limit)
-    text = whole_prompt(prompt, file)
+    files = file or []
+    text = whole_prompt(prompt, files)
 
     show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
-    _refuse_overwriting(log, path, file or path)
+    _refuse_overwriting(log, path, *files)
     known = preview(path, text)
     n_ctx = _fitting_context(path, known, n_predict, load, law)
     with contextlib.ExitStack() as stack:
@@ -79,7 +85,8 @@ def generate(
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
         governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, events))
         answer = Answer(llm, governed, text, sampling)
-        written = _write(answer, governed, known.prompt_tokens, show=not json)
+        with _remark_on_busy_processors(load.n_threads or usable_threads()):
+            written = _write(answer, governed, known.prompt_tokens, show=not json)
     if answer.report is not None:
         _tell(written, answer.report, json)
     if events is not None:
@@ -202,6 +209,30 @@ def _reading_bar(governed, n_tokens: int):  # type: ignore[no-untyped-def]
         if governed is not None and console.is_terminal:
             governed.governor.monitor.subscribe(lambda _: bar.update(task, completed=governed.cache.used_cells))
         yield bar.stop
+
+
+@contextlib.contextmanager
+def _remark_on_busy_processors(n_threads: int) -> Iterator[None]:
+    """llama.cpp's threads spin while they wait for each other: where others want the processors, fewer are faster."""
+    began, stalled = time.monotonic(), _cpu_stall_s()
+    yield
+    took = time.monotonic() - began
+    share = (_cpu_stall_s() - stalled) / took if took > _SHORT_S else 0.0
+    if n_threads > 1 and share > _BUSY_SHARE:
+        _say(
+            f"for {share:.0%} of the time more threads wanted to run than there are processors, and llama.cpp's wait "
+            f"for each other: -t {n_threads - 1} may be much faster than {n_threads}"
+        )
+
+
+def _cpu_stall_s() -> float:
+    """Time so far in which something waited for a processor; 0 where the kernel does not tell."""
+    from kvpsi.pressure.psi import parse_pressure
+
+    try:
+        return parse_pressure(Path("/proc/pressure/cpu").read_text()).some.total_us / 1e6
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _tell(text: str, report: Report, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -53,12 +54,22 @@ def _options(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; without arguments show the help."""
     arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; without this, errors would go to standard output
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for the rest of the process
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(arguments, prog_name="kvpsi", standalone_mode=False)
-        if sys.stdout is not None:  # a wrapper may have closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
@@ -74,6 +85,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _discard_output()
         return status
+
+
+def _terminate(number: int, _: object) -> None:
+    """Clean up as after Ctrl-C."""
+    raise SystemExit(128 + number)
 
 
 def _explained(error: Exception) -> tuple[str, int]:

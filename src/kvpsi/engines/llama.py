@@ -225,7 +225,7 @@ def _close_all(governed: list[GovernedLlama]) -> None:
 
 
 def _valid_share(share: float) -> float:
-    if not isinstance(share, numbers.Real):
+    if not isinstance(share, numbers.Real) or isinstance(share, bool):
         raise UsageError(f"A cache limit is a number above 0 and at most 1, such as 0.7, not {share!r}.")
     if not 0.0 < share <= 1.0:
         raise UsageError(f"A cache limit of {share} makes no sense; give a share above 0 and at most 1, such as 0.7.")

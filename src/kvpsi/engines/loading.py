@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,24 @@ _GGML_LOG_ERROR = 4
 def _errors_only(level: int, text: bytes, _: object) -> None:
     if level == _GGML_LOG_ERROR:
         sys.stderr.write(text.decode("utf-8", "replace"))
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until llama.cpp has come back: raised in the log callback, they would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))]
+    before = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def show_errors_only() -> None:
@@ -110,7 +131,8 @@ def preview(path: Path, text: str) -> Preview:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
     try:
-        model = LlamaModel(path_model=str(path), params=params, verbose=False)
+        with _interrupted_afterwards():
+            model = LlamaModel(path_model=str(path), params=params, verbose=False)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ModelFileError(f"llama.cpp cannot read {path} ({error}); fetch the file again or use another.") from error
     with closing(model):
@@ -170,16 +192,17 @@ def open_llama(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
     threads = load.n_threads or usable_threads()
     kv_type = KV_TYPES[load.kv_type]
     try:
-        return llama_cpp.Llama(
-            str(path),
-            n_ctx=n_ctx,
-            n_threads=threads,
-            n_threads_batch=threads,
-            flash_attn=True,
-            type_k=kv_type,
-            type_v=kv_type,
-            verbose=False,
-        )
+        with _interrupted_afterwards():
+            return llama_cpp.Llama(
+                str(path),
+                n_ctx=n_ctx,
+                n_threads=threads,
+                n_threads_batch=threads,
+                flash_attn=True,
+                type_k=kv_type,
+                type_v=kv_type,
+                verbose=False,
+            )
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ModelFileError(
             f"llama.cpp could not open {path} with a context of {n_ctx} tokens ({error}); fetch the file again, or use "

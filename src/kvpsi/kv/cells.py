@@ -19,6 +19,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 EMPTY = -1
 UNKNOWN_TOKEN = -2
+UNKNOWN_POS = -2
 _MAX_POS = np.iinfo(np.int32).max
 
 
@@ -36,7 +37,8 @@ class StreamCells:
 
     ``pos[i]`` is the position held by cell i or ``EMPTY``; ``owner[i, s]`` tells whether sequence s sees it.
     ``token[i]`` is the token whose K and V the cell's bytes hold, also after the cell was freed, or
-    ``UNKNOWN_TOKEN``; together with ``held_pos[i]`` it tells whether a rewrite has to change the bytes.
+    ``UNKNOWN_TOKEN``; together with ``held_pos[i]``, its position or ``UNKNOWN_POS``, it tells whether a rewrite has to
+    change the bytes.
     """
 
     def __init__(self, n_cells: int, n_seq: int, *, n_swa: int = 0) -> None:
@@ -208,8 +210,21 @@ class StreamCells:
         self.used = int(mine.sum())
         self.head = other.head
 
+    def may_hold_already(self, cells: IntArray, pos: IntArray, tokens: IntArray) -> BoolArray:
+        """For each cell, whether its bytes may be those of this token at this position without being written."""
+        token, held_pos = self.token[cells], self.held_pos[cells]
+        same: BoolArray = ((token == UNKNOWN_TOKEN) | (token == tokens)) & (
+            (held_pos == UNKNOWN_POS) | (held_pos == pos)
+        )
+        return same
+
+    def forget_bytes(self) -> None:
+        """Any cell's bytes may be anything: somebody else wrote here."""
+        self.token[:] = UNKNOWN_TOKEN
+        self.held_pos[:] = UNKNOWN_POS
+
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but what the bytes are."""
         self.pos[:] = EMPTY
         self.owner[:] = False
         self.head = 0
@@ -243,6 +258,11 @@ class CellMirror:
         return max(int(s.pos.max()) for s in self.streams)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but what the bytes are."""
         for stream in self.streams:
             stream.clear()
+
+    def forget_bytes(self) -> None:
+        """Any cell's bytes may be anything."""
+        for stream in self.streams:
+            stream.forget_bytes()

@@ -196,6 +196,9 @@ class ElasticCache(GatedCache):
             if code == DECODE_OK:
                 run.add(token)
         except BaseException:
+            if self._last_pos(run.seq_id) == token[1]:  # Ctrl-C came after llama.cpp had done it
+                run.add(token)
+            self._settle()
             self._broken_off()
             raise
         if code != DECODE_OK:
@@ -232,8 +235,19 @@ class ElasticCache(GatedCache):
             micro = split_equal(tokens, self._n_ubatch, streams=False)
             plans = [t.plan(tokens, micro) for t in self.trackers]
         before = [t.key_rows(p or []) for t, p in zip(self.trackers, plans, strict=False)]
-        with self._interruptibly(self.ctx, divisible and self.trusted and len(micro) == 1):
-            code = int(llama_cpp.llama_decode(self.ctx, batch))
+        code = None
+        try:
+            with self._interruptibly(self.ctx, divisible and self.trusted and len(micro) == 1):
+                code = int(llama_cpp.llama_decode(self.ctx, batch))
+        finally:
+            if code is None and self._holds(tokens):  # Ctrl-C came after llama.cpp had done it
+                code = DECODE_OK
+            if code is not None:
+                self._note(code, tokens, micro, plans, before)
+        return code
+
+    def _note(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[KeyRows]) -> None:
+        """Take note of a decode that has ended with this code."""
         if self.trusted:
             self._record(code, tokens, micro, plans, before)
         if self._rewritten and code != DECODE_INVALID:
@@ -241,7 +255,6 @@ class ElasticCache(GatedCache):
             for tracker in self.trackers:
                 tracker.touch_all()
             self.release_slack()
-        return code
 
     def _record(self, code: int, tokens: Tokens, micro: Micro, plans: Plans, before: list[KeyRows]) -> None:
         """Bring the mirrors up to date with what the decode did."""
@@ -257,9 +270,19 @@ class ElasticCache(GatedCache):
         self._count_held()
 
     def _broken_off(self) -> None:
-        self._settle()
         if self.trusted:
             self._agrees()
+
+    def _last_pos(self, seq_id: int) -> int:
+        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id))
+
+    def _holds(self, tokens: Tokens) -> bool:
+        """Whether llama.cpp holds each sequence up to the last of these tokens."""
+        last: dict[int, int] = {}
+        for seqs, pos in zip(tokens.seqs, tokens.pos.tolist(), strict=True):
+            for seq_id in seqs:
+                last[seq_id] = max(last.get(seq_id, -1), pos)
+        return all(self._last_pos(seq_id) == pos for seq_id, pos in last.items())
 
     def _split(self, tokens: Tokens) -> Micro:
         if self.trackers[0].mirror.n_stream > 1:
@@ -302,9 +325,10 @@ class ElasticCache(GatedCache):
         """`llama_memory_clear` with the data: all pages go back instead of being overwritten with zeros."""
         llama_cpp.llama_memory_clear(self._memory, False)
         for tracker in self.trackers:
+            tracker.mirror.clear()
             if self.distrust_reason is not None:
                 tracker.touch_all()
-            tracker.mirror.clear()
+                tracker.mirror.forget_bytes()
         self._count_held()
         self.distrust_reason = None
         self._rewritten = self._copying  # a stream copy is made all the same, into cells that nobody needs
@@ -316,9 +340,12 @@ class ElasticCache(GatedCache):
         with self._busy:
             if self._run is not None and p0 > self._run.last_pos:
                 # Llama.eval removes what is not there before every token, for which llama.cpp looks at every cell
-                last = llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id) if seq_id >= 0 else p0
+                last = self._last_pos(seq_id) if seq_id >= 0 else p0
                 return p0 > last or bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
             self._settle()
+            if not self.trusted and p0 <= 0 and p1 < 0 and self._is_alone(seq_id):
+                self.clear()  # what is known for certain again
+                return True
             done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
             if done:
                 self._each_stream(seq_id, lambda s: s.seq_rm(seq_id, p0, p1))
@@ -410,6 +437,10 @@ class ElasticCache(GatedCache):
         else:
             self.seq_rm(seq_id, -1, -1)
 
+    def _is_alone(self, seq_id: int) -> bool:
+        """Whether llama.cpp holds no other sequence; -1 means all of them."""
+        return seq_id < 0 or all(self._last_pos(s) < 0 for s in range(self._n_seq) if s != seq_id)
+
     def _each_stream(self, seq_id: int, change: Callable[[StreamCells], object]) -> None:
         for tracker in self.trackers:
             streams = tracker.mirror.streams if seq_id < 0 else [tracker.mirror.stream_of(seq_id)]
@@ -451,8 +482,7 @@ class ElasticCache(GatedCache):
             stream = mirror.stream_of(seq_id)
             mine = (stream.pos_min(seq_id), stream.pos_max(seq_id)) if present[seq_id] else (-1, -1)
             first = int(llama_cpp.llama_memory_seq_pos_min(self._memory, seq_id))
-            last = int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id))
-            if (first, last) != mine:
+            if (first, self._last_pos(seq_id)) != mine:
                 self._distrust(f"sequence {seq_id} was changed without going through kvpsi")
                 return False
         return True

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpsi.kv import pages
-from kvpsi.kv.cells import UNKNOWN_TOKEN, BoolArray, CellMirror, Placement
+from kvpsi.kv.cells import BoolArray, CellMirror, Placement
 from kvpsi.kv.layout import Plane, Section
 from kvpsi.kv.statedata import SectionState
 from kvpsi.kv.ubatch import Index, Tokens
@@ -135,7 +135,7 @@ class SectionTracker:
     def all_written(self, tokens: Tokens, plan: Sequence[Sequence[Placement]], before: KeyRows) -> bool:
         """Whether every planned cell's row changed, unless it may have held the very same bytes already.
 
-        It may where its last position was the same and its last token the same, or not known (a restored state).
+        It may where its last position and token were the same, or are not known (a restored state).
 
         Call it after the decode and before `commit`.
         """
@@ -148,10 +148,8 @@ class SectionTracker:
                 held = self.mirror.streams[p.stream]
                 mine = unchanged[at : at + len(p.cells)]
                 at += len(p.cells)
-                cells, index = p.cells[mine], p.index[mine]
-                token = held.token[cells]
-                same_token = (token == UNKNOWN_TOKEN) | (token == tokens.token[index])
-                if not ((held.held_pos[cells] == tokens.pos[index]) & same_token).all():
+                index = p.index[mine]
+                if not held.may_hold_already(p.cells[mine], tokens.pos[index], tokens.token[index]).all():
                     return False
         return True
 

@@ -1,0 +1,72 @@
+"""What `kvpsi bench pressure` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from kvpsi.board import BoardSettings
+from kvpsi.errors import UsageError
+from kvpsi.hog import HogSettings
+
+Variant = Literal["calm", "fixed", "prune", "kvpsi"]
+"""``fixed`` is stock llama-cpp-python; ``prune`` drops the oldest tokens while avg10 is high and returns nothing;
+``kvpsi`` is governed, and ``calm`` the same without a neighbour."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One comparison.
+
+    Attributes:
+        model: the GGUF file.
+        board: the machine that model and neighbour share.
+        hog: the neighbour; it stays until the model is done.
+        n_ctx: context in tokens.
+        prompt_tokens: read before anything is measured.
+        n_predict: tokens generated while calm, and as many under pressure.
+        keep, tail, min_prune: as for `kvpsi generate`.
+        n_threads: of the model; one leaves the other core of a small machine to the neighbour.
+        variants: in the order in which they run first; the next round runs them backwards, and so on.
+        rounds: how often each runs.
+        cooldown_s: pause between two runs.
+        limit_s: the longest that one run generates under pressure.
+        prune_threshold: avg10 of memory stall (a share) from which on ``prune`` drops tokens.
+    """
+
+    model: Path
+    board: BoardSettings = field(default_factory=lambda: BoardSettings(600 << 20, swap="zram"))
+    hog: HogSettings = field(default_factory=HogSettings)
+    n_ctx: int = 16384
+    prompt_tokens: int = 3000
+    n_predict: int = 400
+    keep: int = 16
+    tail: int = 256
+    min_prune: int = 64
+    n_threads: int = 1
+    variants: tuple[Variant, ...] = ("calm", "fixed", "prune", "kvpsi")
+    rounds: int = 2
+    cooldown_s: float = 5.0
+    limit_s: float = 120.0
+    prune_threshold: float = 0.10
+
+    def __post_init__(self) -> None:
+        known = ", ".join(get_args(Variant))
+        if not self.variants or not set(self.variants) <= set(get_args(Variant)):
+            raise UsageError(f"The variants are {known}, not {','.join(self.variants)}.")
+        if len(set(self.variants)) < len(self.variants):
+            raise UsageError(f"Name each variant once: {known}.")
+        if self.prompt_tokens + 2 * self.n_predict > self.n_ctx:
+            raise UsageError(
+                f"{self.prompt_tokens} tokens of prompt and twice {self.n_predict} generated ones do not fit into a "
+                f"context of {self.n_ctx}; raise -c or lower -n."
+            )
+        if min(self.prompt_tokens, self.n_predict, self.rounds) < 1 or min(self.cooldown_s, self.limit_s) < 0:
+            raise UsageError("Tokens and rounds are at least 1, times not negative.")
+        if not 0 < self.prune_threshold <= 1:
+            raise UsageError("The threshold for pruning is a share above 0 and at most 1, such as 0.1.")
+
+    def order(self, round_number: int) -> tuple[Variant, ...]:
+        """The variants in the order of one round."""
+        return self.variants if round_number % 2 == 0 else self.variants[::-1]

@@ -1,0 +1,137 @@
+"""Runs one variant once: a fresh board, the model, its prompt, a calm stretch, and the same with the neighbour."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpsi.bench.pressure.plan import Plan, Variant
+from kvpsi.bench.pressure.watch import Sample, Watch
+from kvpsi.board import Board, open_board
+from kvpsi.hog import Hog, HogReport
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token: when it was there, how long it took, whether memory was given meanwhile."""
+
+    time_s: float
+    seconds: float
+    gave: bool
+    kv_cells: int
+
+
+@dataclass(slots=True)
+class Run:
+    """What one variant did in one round. ``done`` is what the model said at its end, None where it was killed."""
+
+    variant: Variant
+    round_number: int
+    calm: list[Token] = field(default_factory=list)
+    pressed: list[Token] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    read_s: float = 0.0
+    pressure_from_s: float | None = None
+    done: dict[str, Any] | None = None
+    hog: HogReport | None = None
+    kills: int = 0
+    peak_bytes: int | None = None
+
+    @property
+    def model_killed(self) -> bool:
+        """Whether the model did not get to its end."""
+        return self.done is None
+
+    @property
+    def hog_killed(self) -> bool:
+        """Whether the neighbour was killed."""
+        return self.hog is not None and self.hog.killed_by is not None
+
+
+def play(plan: Plan, variant: Variant, round_number: int) -> Run:
+    """Run it; a model or neighbour that is killed is a result.
+
+    Raises:
+        EnvironmentProblem: no board can be made here.
+    """
+    run = Run(variant, round_number)
+    forget_cached_pages(plan.model)
+    with open_board(plan.board) as board:
+        model = board.start(_command(plan, variant), group="model", stdout=subprocess.PIPE)
+        watch = Watch(board, model.pid)
+        watch.start()
+        hog: Hog | None = None
+        reports: list[HogReport] = []
+        waiting: threading.Thread | None = None
+        assert model.stdout is not None
+        with model.stdout as lines:
+            for line in lines:
+                what, value = _said(line)
+                if what == "read":
+                    run.read_s = value
+                elif what == "calm":
+                    run.calm += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
+                elif what == "tokens":
+                    run.pressed += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
+                elif what == "done":
+                    run.done = value
+                elif what == "pressure":
+                    run.pressure_from_s = value
+                    if variant != "calm":
+                        hog = _start_hog(plan, board, watch)
+                        waiting = threading.Thread(target=lambda h: reports.append(h.wait()), args=(hog,))
+                        waiting.start()
+        model.wait()
+        watch.stop()
+        if hog is not None and waiting is not None:
+            hog.end()
+            waiting.join()
+            run.hog = reports[0]
+        figures = board.figures()
+        run.samples, run.kills, run.peak_bytes = watch.samples, figures.kills, figures.peak_bytes
+    return run
+
+
+def forget_cached_pages(file: Path) -> None:
+    """Drop a file from the page cache, so that whoever reads it next is charged for it."""
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _command(plan: Plan, variant: Variant) -> list[str]:
+    settings = {
+        "model": str(plan.model),
+        "n_ctx": plan.n_ctx,
+        "n_threads": plan.n_threads,
+        "prompt_tokens": plan.prompt_tokens,
+        "n_predict": plan.n_predict,
+        "keep": plan.keep,
+        "tail": plan.tail,
+        "min_prune": plan.min_prune,
+        "prune_threshold": plan.prune_threshold,
+        "limit_s": plan.limit_s,
+    }
+    return [sys.executable, "-m", "kvpsi.bench.pressure.subject", variant, json.dumps(settings)]
+
+
+def _start_hog(plan: Plan, board: Board, watch: Watch) -> Hog:
+    def start(command: object) -> subprocess.Popen[str]:
+        process = board.start(command, group="hog", stdout=subprocess.PIPE)  # type: ignore[arg-type]
+        watch.hog_pid = process.pid
+        return process
+
+    return Hog(plan.hog, start)
+
+
+def _said(line: str) -> tuple[str, Any]:
+    try:
+        ((what, value),) = json.loads(line).items()
+    except (ValueError, AttributeError):  # the last line of a process that was killed in the middle of it
+        return "", None
+    return what, value
