@@ -39,7 +39,7 @@ class Plan:
     board: BoardSettings = field(default_factory=lambda: BoardSettings(600 << 20, swap="zram"))
     hog: HogSettings = field(default_factory=HogSettings)
     n_ctx: int = 16384
-    prompt_tokens: int = 3000
+    prompt_tokens: int = 6000
     n_predict: int = 400
     keep: int = 16
     tail: int = 256

@@ -1,0 +1,218 @@
+"""What came out: one row for each run, figures with targets, CSV files and a Markdown table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+
+from kvpsi.bench.figures import Figure
+from kvpsi.bench.pressure.plan import Plan, Variant
+from kvpsi.bench.pressure.play import Run, Token
+from kvpsi.bench.pressure.watch import Sample
+
+_MIB = 1 << 20
+_ALLOWED_STEP_S = 0.050
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run in figures; times of tokens are those under pressure, or calm where there was no neighbour.
+
+    ``*_step_ms`` leave out the tokens during which memory was given, ``max_ms`` does not. Stall shares are of the
+    time under pressure.
+    """
+
+    variant: Variant
+    round: int
+    tokens: int
+    tok_s: float
+    p50_step_ms: float
+    p99_step_ms: float
+    max_ms: float
+    prunes: int
+    final_kv_cells: int
+    peak_kv_cells: int
+    peak_rss_mib: float
+    mean_rss_mib: float
+    model_stall: float
+    hog_stall: float
+    board_stall: float
+    refaults: int
+    swap_mib: float
+    major_faults: int
+    model_killed: bool
+    hog_killed: bool
+    kills: int
+
+
+def row_of(run: Run) -> Row:
+    """The figures of one run."""
+    pressed = _pressed_samples(run)
+    seconds = [t.seconds for t in run.pressed]
+    steps = [t.seconds for t in run.pressed if not t.gave]
+    rss = [s.model_rss_bytes / _MIB for s in pressed if s.model_rss_bytes]
+    cells = [t.kv_cells for t in run.pressed] or [0]
+    first, last = (pressed[0], pressed[-1]) if pressed else (None, None)
+    done = run.done or {}
+    return Row(
+        variant=run.variant,
+        round=run.round_number,
+        tokens=len(run.pressed),
+        tok_s=len(seconds) / sum(seconds) if seconds else 0.0,
+        p50_step_ms=1000 * quantile(steps, 0.5),
+        p99_step_ms=1000 * quantile(steps, 0.99),
+        max_ms=1000 * max(seconds, default=0.0),
+        prunes=done.get("prunes", 0),
+        final_kv_cells=cells[-1],
+        peak_kv_cells=max(cells),
+        peak_rss_mib=max(rss, default=0.0),
+        mean_rss_mib=statistics.fmean(rss) if rss else 0.0,
+        model_stall=_share(first, last, lambda s: s.model_stall_s),
+        hog_stall=_share(first, last, lambda s: s.hog_stall_s),
+        board_stall=_share(first, last, lambda s: s.board_stall_s),
+        refaults=last.refaults - first.refaults if first and last else 0,
+        swap_mib=max((s.swap_used_bytes for s in pressed), default=0) / _MIB,
+        major_faults=done.get("major_faults", 0),
+        model_killed=run.model_killed,
+        hog_killed=run.hog_killed,
+        kills=run.kills,
+    )
+
+
+def _pressed_samples(run: Run) -> list[Sample]:
+    return [s for s in run.samples if run.pressure_from_s is not None and s.time_s >= run.pressure_from_s]
+
+
+def _share(first: Sample | None, last: Sample | None, stall_s: Callable[[Sample], float]) -> float:
+    if first is None or last is None or last.time_s <= first.time_s:
+        return 0.0
+    return (stall_s(last) - stall_s(first)) / (last.time_s - first.time_s)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of them does not exceed; 0 if there are none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def figures_of(runs: Sequence[Run]) -> list[Figure]:
+    """The figures that the runs allow; a variant that was not run has none."""
+    rows = [row_of(run) for run in runs]
+    of = {v: [r for r in rows if r.variant == v] for v in ("calm", "fixed", "prune", "kvpsi")}
+    found: list[Figure] = []
+    for variant in ("fixed", "prune", "kvpsi"):
+        mine = of[variant]
+        if mine:
+            target = 0.0 if variant == "kvpsi" else None
+            found.append(Figure(f"{variant}.kills", float(sum(r.kills for r in mine)), "", target, "=="))
+    if not of["kvpsi"]:
+        return found
+    if of["fixed"]:
+        saved = 1 - _median(of["kvpsi"], "peak_rss_mib") / max(1.0, _median(of["fixed"], "peak_rss_mib"))
+        found.append(Figure("peak_rss_saved", saved, "of fixed", 0.40, ">="))
+    for other in ("fixed", "prune"):
+        if of[other]:  # the inverse of "so many times lower": a neighbour that never stalled has no such number
+            stalled = _median(of[other], "hog_stall")
+            ratio = _median(of["kvpsi"], "hog_stall") / stalled if stalled else 0.0
+            found.append(Figure(f"hog_stall_to_{other}", ratio, "", 0.20, "<="))
+    return found + _step_figures(runs)
+
+
+def _step_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Times per token under pressure to those without a neighbour, all rounds together."""
+    calm = [t.seconds for run in runs if run.variant == "calm" for t in run.pressed]
+    governed = [t for run in runs if run.variant == "kvpsi" for t in run.pressed]
+    if not calm or not governed:
+        return []
+    steps = [t.seconds for t in governed if not t.gave]
+    worst_s = max(t.seconds for t in governed)
+    allowed_s = _ALLOWED_STEP_S + quantile(calm, 0.5)
+    return [
+        Figure("p50_to_calm", quantile(steps, 0.5) / quantile(calm, 0.5), "", 1.03, "<="),
+        Figure("p99_to_calm", quantile(steps, 0.99) / quantile(calm, 0.99), "", 1.08, "<="),
+        Figure("worst_step", 1000 * worst_s, "ms", round(1000 * allowed_s, 1), "<="),
+        Figure("tok_s_to_calm", _speed(governed) / (len(calm) / sum(calm)), "", 0.80, ">="),
+    ]
+
+
+def _speed(tokens: Sequence[Token]) -> float:
+    return len(tokens) / sum(t.seconds for t in tokens)
+
+
+def _median(rows: Iterable[Row], name: str) -> float:
+    return float(statistics.median(getattr(row, name) for row in rows))
+
+
+def document_of(plan: Plan, runs: Sequence[Run], *, interrupted: bool, raw: Sequence[str]) -> dict[str, object]:
+    """All of it as one JSON-ready document."""
+    return {
+        "plan": {**asdict(plan), "model": plan.model.name},
+        "interrupted": interrupted,
+        "runs": [asdict(row_of(run)) for run in runs],
+        "figures": [f.as_json() for f in figures_of(runs)],
+        "raw": list(raw),
+    }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line for each run."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "variant": lambda r: r.variant,
+        "round": lambda r: str(r.round + 1),
+        "tokens": lambda r: str(r.tokens),
+        "tok/s": lambda r: f"{r.tok_s:.1f}",
+        "p50 / p99 / max ms": lambda r: f"{r.p50_step_ms:.1f} / {r.p99_step_ms:.1f} / {r.max_ms:.0f}",
+        "prunes": lambda r: str(r.prunes),
+        "KV cells at the end / peak": lambda r: f"{r.final_kv_cells} / {r.peak_kv_cells}",
+        "RSS MiB mean / peak": lambda r: f"{r.mean_rss_mib:.0f} / {r.peak_rss_mib:.0f}",
+        "stall model / neighbour": lambda r: f"{r.model_stall:.1%} / {r.hog_stall:.1%}",
+        "refaults": lambda r: str(r.refaults),
+        "swap MiB": lambda r: f"{r.swap_mib:.0f}",
+        "killed": lambda r: (
+            " and ".join(name for name, killed in (("model", r.model_killed), ("neighbour", r.hog_killed)) if killed)
+            or "nobody"
+        ),
+    }
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(show(row) for show in columns.values()) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: bool) -> list[str]:
+    """Write everything into a folder; the paths.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row_of(run) for run in runs]
+    paths = [folder / name for name in ("runs.csv", "tokens.csv", "samples.csv", "table.md", "result.json")]
+    _write_csv(paths[0], [f.name for f in fields(Row)], map(astuple, rows))
+    tokens = (
+        (run.variant, run.round_number, stretch, *astuple(token))
+        for run in runs
+        for stretch, some in (("calm", run.calm), ("pressed", run.pressed))
+        for token in some
+    )
+    _write_csv(paths[1], ["variant", "round", "stretch", *(f.name for f in fields(Token))], tokens)
+    samples = ((run.variant, run.round_number, *astuple(sample)) for run in runs for sample in run.samples)
+    _write_csv(paths[2], ["variant", "round", *Sample.names()], samples)
+    paths[3].write_text(markdown(rows))
+    raw = [str(path) for path in paths]
+    document = document_of(plan, runs, interrupted=interrupted, raw=raw)
+    paths[4].write_text(json.dumps(document, indent=2, default=str) + "\n")
+    return raw
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,48 @@
+"""Runs all variants in both orders, and writes down after each what there is so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvpsi.bench.pressure.plan import Plan
+from kvpsi.bench.pressure.play import Run, play
+from kvpsi.bench.pressure.plots import plot
+from kvpsi.bench.pressure.report import document_of, write_files
+
+Report = Callable[[str], None]
+
+
+def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, object]:
+    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then.
+
+    A disk that is full does not end it: the document says so in ``problems``.
+    """
+    runs: list[Run] = []
+    problems: list[str] = []
+    interrupted = False
+    try:
+        for number in range(plan.rounds):
+            for variant in plan.order(number):
+                if runs:
+                    time.sleep(plan.cooldown_s)
+                report(f"round {number + 1} of {plan.rounds}: {variant}")
+                runs.append(play(plan, variant, number))
+                _write(out_dir, plan, runs, interrupted=True, problems=problems)
+    except KeyboardInterrupt:
+        interrupted = True
+    raw = _write(out_dir, plan, runs, interrupted=interrupted, problems=problems)
+    try:
+        raw += plot(out_dir, plan, runs)
+    except (ImportError, OSError) as error:
+        problems.append(f"There are no plots ({error}); `pip install kvpsi[bench]` installs what they need.")
+    return {**document_of(plan, runs, interrupted=interrupted, raw=raw), "problems": sorted(set(problems))}
+
+
+def _write(out_dir: Path, plan: Plan, runs: list[Run], *, interrupted: bool, problems: list[str]) -> list[str]:
+    try:
+        return write_files(out_dir, plan, runs, interrupted=interrupted)
+    except OSError as error:
+        problems.append(f"{out_dir} cannot be written ({error.strerror}), so there are no files.")
+        return []

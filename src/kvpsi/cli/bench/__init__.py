@@ -1,0 +1,16 @@
+"""``kvpsi bench …``: the measurements behind every claim, one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from kvpsi.cli.bench import elastic, pressure
+
+app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
+app.command()(elastic.elastic)
+app.command()(pressure.pressure)
+
+
+@app.callback()
+def _group() -> None:
+    pass

@@ -1,0 +1,47 @@
+"""What all benches show: the stage that they are in, and their figures."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def status_on_stderr() -> Iterator[Callable[[str], None]]:
+    """A line that changes on a terminal, one line for each stage elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Stages()
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+class _Stages:
+    """A stage is what stands before the first comma; what follows tells how far it is."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, text: str) -> None:
+        stage = text.partition(",")[0]
+        if stage != self._stage:
+            self._stage = stage
+            print(f"kvpsi: {stage}", file=sys.stderr, flush=True)
+
+
+def print_figures(document: dict[str, Any]) -> None:
+    """The figures as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", "unit", "target", "met")
+    for f in document["figures"]:
+        value = f["value"] if isinstance(f["value"], bool) else f"{f['value']:.3f}"
+        met = {True: "yes", False: "no", None: ""}[f["met"]]
+        table.add_row(f["name"], str(value), f["unit"], f["target"] or "", met)
+    Console().print(table)

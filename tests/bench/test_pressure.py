@@ -1,0 +1,138 @@
+"""The pressure bench: its arithmetic on made-up runs, and small real runs on a real board."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpsi.bench.pressure.plan import Plan
+from kvpsi.bench.pressure.play import Run, Token
+from kvpsi.bench.pressure.report import figures_of, markdown, quantile, row_of, write_files
+from kvpsi.bench.pressure.watch import Sample
+from kvpsi.board import BoardPlaces
+from kvpsi.errors import UsageError
+from kvpsi.hog import HogReport
+
+MIB = 1 << 20
+
+
+def sample(time_s: float, *, rss_mib: int = 100, hog_stall_s: float = 0.0) -> Sample:
+    return Sample(time_s, 300 * MIB, rss_mib * MIB, 50 * MIB, 0, hog_stall_s, 0.0, hog_stall_s, 0)
+
+
+def made_up(variant: Any, step_ms: float, *, rss_mib: int, stall: float = 0.0, worst_ms: float = 0.0) -> Run:
+    """A run of 100 tokens in ten seconds, the last of which gave memory and took ``worst_ms``."""
+    tokens = [Token(1 + i / 10, step_ms / 1000, False, 500) for i in range(99)]
+    tokens.append(Token(11, (worst_ms or step_ms) / 1000, True, 400))
+    samples = [
+        sample(0, rss_mib=900),
+        sample(1, rss_mib=rss_mib),
+        sample(11, rss_mib=rss_mib - 40, hog_stall_s=10 * stall),
+    ]
+    hog = None if variant == "calm" else HogReport(True, None, 10, 100 * MIB, 0.001, 10 * stall)
+    return Run(variant, 0, [], tokens, samples, 1.0, 1.0, {"prunes": 3, "major_faults": 7}, hog)
+
+
+def test_figures_are_ratios_to_the_other_variants() -> None:
+    runs = [
+        made_up("calm", 30, rss_mib=250),
+        made_up("fixed", 90, rss_mib=500, stall=0.5),
+        made_up("kvpsi", 33, rss_mib=250, stall=0.05, worst_ms=75),
+    ]
+    found = {f.name: f for f in figures_of(runs)}
+    assert found["peak_rss_saved"].value == pytest.approx(0.5) and found["peak_rss_saved"].met
+    assert found["hog_stall_to_fixed"].value == pytest.approx(0.1) and found["hog_stall_to_fixed"].met
+    assert found["p50_to_calm"].value == pytest.approx(1.1) and found["p50_to_calm"].met is False
+    assert found["worst_step"].value == pytest.approx(75) and found["worst_step"].met
+    assert found["tok_s_to_calm"].value == pytest.approx(100 * 30 / (99 * 33 + 75))
+    assert found["kvpsi.kills"].met and "hog_stall_to_prune" not in found
+
+
+def test_a_killed_model_is_a_row_and_counts(tmp_path: Path) -> None:
+    dead = Run("fixed", 1, samples=[sample(0)], hog=HogReport(False, "SIGKILL", 1, 0, None, None), kills=2)
+    row = row_of(dead)
+    assert row.model_killed and row.hog_killed and row.tokens == 0
+    assert "model and neighbour" in markdown([row])
+    assert {f.name: f.value for f in figures_of([dead])} == {"fixed.kills": 2.0}
+    paths = write_files(tmp_path, Plan(Path("m.gguf")), [dead], interrupted=True)
+    assert all(Path(path).stat().st_size for path in paths)
+    assert json.loads((tmp_path / "result.json").read_text())["interrupted"] is True
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=50), st.floats(0.01, 1))
+def test_a_quantile_is_one_of_the_values_and_splits_them(values: list[float], share: float) -> None:
+    found = quantile(values, share)
+    assert found in values
+    assert sum(v <= found for v in values) >= share * len(values) - 1e-9
+    assert sum(v < found for v in values) <= share * len(values)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"variants": ()},
+        {"variants": ("kvpsi", "magic")},
+        {"variants": ("kvpsi", "kvpsi")},
+        {"n_ctx": 1000},
+        {"rounds": 0},
+        {"prune_threshold": 2.0},
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Plan(Path("m.gguf"), **wrong)
+
+
+SMALL = ["--prompt-tokens", "64", "-n", "24", "-c", "2048", "--rounds", "1", "--variant-cooldown-s", "0"]
+BENCH = [sys.executable, "-m", "kvpsi", "bench", "pressure", *SMALL]
+
+
+@pytest.mark.engine
+@pytest.mark.pressure
+def test_a_small_bench_on_a_real_board(board_places: BoardPlaces, default_model: Path, tmp_path: Path) -> None:
+    command = [*BENCH, "-m", str(default_model), "--pressure-mib", "40", "--pressure-warmup-s", "0", "--json"]
+    command += ["--variant-order", "calm,fixed,prune,kvpsi", "--swap", "none", "--out-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [r["variant"] for r in document["runs"]] == ["calm", "fixed", "prune", "kvpsi"]
+    assert all(r["tokens"] == 24 and not r["model_killed"] and r["peak_rss_mib"] > 100 for r in document["runs"])
+    assert document["interrupted"] is False and document["problems"] == []
+    assert {Path(path).name for path in document["raw"]} >= {"runs.csv", "table.md", "kvpsi.png"}
+    assert not [f for place in board_places.all for f in place.path.glob("kvpsi-*")]
+
+
+@pytest.mark.engine
+@pytest.mark.pressure
+def test_ctrl_c_ends_it_with_what_there_is_and_leaves_nothing(
+    board_places: BoardPlaces, default_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [*BENCH, "-m", str(default_model), "--swap", "none", "--out-dir", str(out), "--json", "-n", "400"]
+    command += ["--variant-order", "calm,kvpsi", "--pressure-mib", "20"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "result.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    document = json.loads(stdout)
+    assert document["interrupted"] is True and [r["variant"] for r in document["runs"]] == ["calm"]
+    assert not [f for place in board_places.all for f in place.path.glob("kvpsi-*")]
