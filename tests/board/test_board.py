@@ -18,6 +18,7 @@ from kvpsi.board.cgroups import BoardCgroups
 from kvpsi.board.places import Place
 from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import Hog, HogReport, HogSettings
+from support.interrupts import popen_heeding_ctrl_c
 
 MIB = 1 << 20
 SMALL = BoardSettings(128 * MIB)
@@ -27,8 +28,9 @@ def play(board: Board, settings: HogSettings, group: str = "hog") -> HogReport:
     return Hog(settings, lambda command: board.start(command, group=group, stdout=subprocess.PIPE)).wait()
 
 
-def left_behind(places: BoardPlaces) -> list[Path]:
-    return [folder for place in places.all for folder in place.path.glob("kvpsi-*")]
+def left_behind(places: BoardPlaces, maker_pid: int) -> list[Path]:
+    """Others may have boards of their own."""
+    return [folder for place in places.all for folder in place.path.glob(f"kvpsi-board-{maker_pid}-*")]
 
 
 def swap_devices() -> list[str]:
@@ -55,7 +57,7 @@ def test_what_fits_lives_and_what_does_not_is_killed(board_places: BoardPlaces) 
         figures = board.figures()
         assert figures.kills == 1
         assert figures.peak_bytes is not None and 60 * MIB < figures.peak_bytes <= 128 * MIB
-    assert not left_behind(board_places)
+    assert not left_behind(board_places, os.getpid())
 
 
 @pytest.mark.pressure
@@ -70,7 +72,7 @@ def test_with_zram_it_stalls_instead_and_the_device_is_gone_afterwards(board_pla
             assert stall_s is not None and stall_s > 0
     except EnvironmentProblem as error:
         pytest.skip(f"NO ZRAM HERE: {error}")
-    assert swap_devices() == before and not left_behind(board_places)
+    assert swap_devices() == before and not left_behind(board_places, os.getpid())
 
 
 @pytest.mark.pressure
@@ -87,28 +89,31 @@ def test_processors_are_limited(board_places: BoardPlaces) -> None:
 @pytest.mark.pressure
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_its_maker_ends(board_places: BoardPlaces, number: signal.Signals) -> None:
-    maker = subprocess.Popen(
+    before = swap_devices()
+    maker = popen_heeding_ctrl_c(
         [sys.executable, "-m", "kvpsi", "board", "run", "--memory", "64M", "--swap", "zram", "--", "sleep", "600"],
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert wait_until(lambda: bool(sleepers(board_places))), "it never started"
-        (sleeper,) = sleepers(board_places)
+        assert wait_until(lambda: bool(sleepers(board_places, maker.pid))), "it never started"
+        (sleeper,) = sleepers(board_places, maker.pid)
         if number == signal.SIGINT:
             os.killpg(maker.pid, number)  # as a terminal does
         else:
             maker.send_signal(number)
         maker.wait(30)
-        assert wait_until(lambda: not left_behind(board_places) and not swap_devices()), "cgroups or swap are left"
+        assert wait_until(lambda: not left_behind(board_places, maker.pid) and swap_devices() == before), (
+            "cgroups or swap are left"
+        )
         assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
     finally:
         maker.kill()
         maker.wait()
 
 
-def sleepers(places: BoardPlaces) -> list[int]:
-    found = places.memory.path.glob("kvpsi-board-*/main/cgroup.procs")
+def sleepers(places: BoardPlaces, maker_pid: int) -> list[int]:
+    found = places.memory.path.glob(f"kvpsi-board-{maker_pid}-*/main/cgroup.procs")
     pids = [int(pid) for file in found for pid in file.read_text().split()]
     return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"]
 

@@ -19,6 +19,7 @@ import pytest
 
 from kvpsi.errors import CacheRefusedError
 from support.gguf_files import write_gguf
+from support.interrupts import popen_heeding_ctrl_c
 
 pytestmark = pytest.mark.engine
 
@@ -361,7 +362,7 @@ def test_a_refusal_in_the_middle_begins_on_a_new_line_and_names_options(
 def test_ctrl_c_while_generating_is_quiet_and_130(default_model: Path) -> None:
     prompt = "Tell me a very long story about a lighthouse and the sea."
     command = [*KVPSI, "generate", prompt, "-m", str(default_model), "-n", "2000", "-c", "4096", "-t", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = popen_heeding_ctrl_c(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         assert process.stdout is not None
         assert process.stdout.read(1), process.communicate()[1]
@@ -378,7 +379,8 @@ def test_ctrl_c_while_generating_is_quiet_and_130(default_model: Path) -> None:
 def test_ctrl_c_while_the_model_is_loaded_is_not_lost(default_model: Path) -> None:
     """llama.cpp logs all the time meanwhile, through a Python function that must not swallow it."""
     code = (
-        "import os, signal, sys, threading\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from kvpsi.engines import loading\n"
         "loading.show_errors_only()\n"
@@ -402,7 +404,7 @@ def test_ctrl_c_while_the_prompt_is_read_is_quiet_and_130(default_model: Path, t
     text.write_text("The keeper wrote in his book what he had seen. " * 300)
     log = tmp_path / "log.jsonl"
     command = [*KVPSI, "generate", "Go on", "-f", str(text), "-m", str(default_model), "-t", "1", "--log", str(log)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = popen_heeding_ctrl_c(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -732,6 +734,24 @@ def test_a_restored_sequence_goes_on_with_the_same_logits(request: pytest.Fixtur
         assert cache.trusted
         assert cache.seq_rm(0, 100, 200) and cache.trusted
         assert cache.release_slack() is not None and cache.trusted
+
+
+def test_a_state_in_a_mapped_file_is_loaded_without_a_copy(model: llama_cpp.llama_model_p, tmp_path: Path) -> None:
+    file = tmp_path / "state.bin"
+    with elastic(model, SMALL) as cache:
+        assert decode(cache, text(300)) == 0
+        state = seq_state(cache.ctx, 0)
+        file.write_bytes(state)
+        cache.clear()
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            tracemalloc.start()
+            try:
+                assert cache.load_sequence(mapped, 0)
+                peak_bytes = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert peak_bytes < len(state) / 8
+        assert cache.trusted and seq_state(cache.ctx, 0) == state
 
 
 def test_a_state_goes_through_the_gate(model: llama_cpp.llama_model_p) -> None:

@@ -13,6 +13,7 @@ from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings, RebuiltCache
 from kvpsi.kv.layout import refuse_unsupported, seq_state
 from kvpsi.kv.policies import EvictionPolicy, Streaming
+from kvpsi.kv.statedata import address_of
 
 log = logging.getLogger("kvpsi")
 
@@ -96,10 +97,8 @@ def make_cache(
         cache = make(llm, settings, policy, instrument)
     except BaseException:
         llm._requires_eval = True
-        if state:
-            source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-            if not llama_cpp.llama_state_seq_set_data(ctx, source, len(state), ONLY_SEQUENCE):
-                llm.n_tokens = 0
+        if state and not llama_cpp.llama_state_seq_set_data(ctx, address_of(state), len(state), ONLY_SEQUENCE):
+            llm.n_tokens = 0
         raise
     if state and not cache.load_sequence(state, ONLY_SEQUENCE):
         llm.n_tokens = 0

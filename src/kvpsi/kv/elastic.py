@@ -7,7 +7,6 @@ threads may call what a governor needs (`kvpsi.governor.Governed`), which waits 
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
 from collections.abc import Callable, Sequence
 
@@ -34,7 +33,7 @@ from kvpsi.kv.layout import discover
 from kvpsi.kv.policies import EvictionPolicy, Streaming
 from kvpsi.kv.policies.base import CellView, view_of
 from kvpsi.kv.run import Plans, Run, open_run
-from kvpsi.kv.statedata import SectionState, parse_state
+from kvpsi.kv.statedata import SectionState, StateBytes, address_of, parse_state
 from kvpsi.kv.tracker import NOTHING, KeyRows, Micro, Release, SectionTracker
 from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
 from kvpsi.status import CacheStatus
@@ -387,7 +386,7 @@ class ElasticCache(GatedCache):
         self._rewritten = True
 
     @exclusive
-    def load_sequence(self, state: bytes, seq_id: int) -> bool:
+    def load_sequence(self, state: StateBytes, seq_id: int) -> bool:
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it.
 
         Raises:
@@ -403,8 +402,7 @@ class ElasticCache(GatedCache):
         self._drop(seq_id)
         self._evict_for(len(loads[0]))  # it was granted, whatever the limit is by now
         plans = [t.plan(tokens, [[np.arange(len(tokens))]]) for t, tokens in zip(self.trackers, loads, strict=True)]
-        source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if not llama_cpp.llama_state_seq_set_data(self.ctx, source, len(state), seq_id):
+        if not llama_cpp.llama_state_seq_set_data(self.ctx, address_of(state), len(state), seq_id):
             self._distrust("a saved state was refused, after which the cells in use are not known")
             self._count_held()
             return False

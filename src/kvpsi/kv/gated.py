@@ -17,6 +17,7 @@ import llama_cpp
 
 from kvpsi.errors import CacheRefusedError, UsageError
 from kvpsi.instrument import Instrument, guarded
+from kvpsi.kv.statedata import StateBytes
 from kvpsi.kv.tracker import Release
 from kvpsi.kv.ubatch import Tokens, read_batch
 from kvpsi.status import CacheStatus
@@ -373,7 +374,7 @@ class GatedCache(ABC):
         """`llama_memory_seq_add`."""
 
     @abstractmethod
-    def load_sequence(self, state: bytes, seq_id: int) -> bool:
+    def load_sequence(self, state: StateBytes, seq_id: int) -> bool:
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it."""
 
     @abstractmethod

@@ -109,7 +109,7 @@ class _Tensor:
         size, n_rows = self.rows.bytes_per_cell, self.rows.n_rows
         start = base + self.offset + stream * size * n_rows * n_cells
         for row in range(n_rows):
-            yield start + row * size * n_cells, self.rows.data[row * size : (row + 1) * size]
+            yield start + row * size * n_cells, bytes(self.rows.data[row * size : (row + 1) * size])
 
 
 def _tensors(state: SectionState, n_cells: int) -> tuple[list[_Tensor], int]:
@@ -144,7 +144,7 @@ def _candidates(state: SectionState, sizes: list[int]) -> list[tuple[int, int]]:
     More than one is found where memory still holds what a context that was freed left behind.
     """
     row = state.keys[0].bytes_per_cell
-    needle = state.keys[0].data[:row]
+    needle = bytes(state.keys[0].data[:row])
     if not any(needle):
         raise LayoutError("The probe token left only zeros, so the KV tensors cannot be recognised.")
     smallest = min(_tensors(state, n)[1] for n in sizes)

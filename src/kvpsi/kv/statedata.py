@@ -6,12 +6,20 @@ state that is not consumed to its last byte is refused.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import dataclass
+from mmap import mmap
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from kvpsi.errors import LayoutError
 
 HEADER_BYTES = 8
+StateBytes: TypeAlias = bytes | bytearray | memoryview | mmap
+"""A saved state, also one that lies in a mapped file: it is looked at where it is."""
+
 _EXT_BYTES = (0, 12)
 _MAX_POS = 2**31 - 1
 
@@ -21,12 +29,13 @@ class TensorRows:
     """One layer's K or V of the saved cells.
 
     ``bytes_per_cell`` is the row size, or with ``n_rows`` > 1 (V transposed) the size of one element, of which
-    there are ``n_rows`` rows. ``data`` holds [n_rows, cells, bytes_per_cell] in that order.
+    there are ``n_rows`` rows. ``data`` holds [n_rows, cells, bytes_per_cell] in that order, where it lies in
+    the state: it is not copied.
     """
 
     bytes_per_cell: int
     n_rows: int
-    data: bytes
+    data: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +55,11 @@ class SectionState:
 
 
 class _Cursor:
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, data: StateBytes) -> None:
+        self.data = memoryview(data)
         self.at = HEADER_BYTES
 
-    def take(self, n: int) -> bytes:
+    def take(self, n: int) -> memoryview:
         if n < 0 or self.at + n > len(self.data):
             raise LayoutError("The saved state of the context ends in the middle of a field.")
         self.at += n
@@ -112,8 +121,8 @@ def _parse_section(cursor: _Cursor, ext: int) -> SectionState:
     return found
 
 
-def parse_state(data: bytes) -> list[SectionState]:
-    """The sections of a sequence's state, in the order of llama.cpp's caches.
+def parse_state(data: StateBytes) -> list[SectionState]:
+    """The sections of a sequence's state, in the order of llama.cpp's caches; they look into ``data``.
 
     Raises:
         LayoutError: the bytes do not follow the known format.
@@ -131,6 +140,11 @@ def parse_state(data: bytes) -> list[SectionState]:
         if sections:
             return sections
     raise problem
+
+
+def address_of(state: StateBytes) -> Any:
+    """Where the bytes lie, for llama.cpp to read them; ``state`` must stay alive meanwhile."""
+    return np.frombuffer(state, dtype=np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def sequence_from_whole(state: bytes, header: bytes) -> bytes:

@@ -157,7 +157,7 @@ class SectionTracker:
         """Whether the planned cells hold layer 0's K rows of a saved state, in its order."""
         if not saved.keys:
             return True
-        return self.key_rows(plan).tobytes() == saved.keys[0].data
+        return np.array_equal(self.key_rows(plan).reshape(-1), np.frombuffer(saved.keys[0].data, dtype=np.uint8))
 
     # -- giving back ---------------------------------------------------------------------------------------------
 

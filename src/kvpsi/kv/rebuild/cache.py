@@ -23,6 +23,7 @@ from kvpsi.kv.rebuild.context import Rebuild
 from kvpsi.kv.rebuild.resizing import ResizedCache
 from kvpsi.kv.rebuild.sequence import positions_of, refuse_others
 from kvpsi.kv.rebuild.sizes import RebuildSettings
+from kvpsi.kv.statedata import StateBytes
 from kvpsi.kv.ubatch import Tokens
 from kvpsi.status import CacheStatus
 
@@ -170,7 +171,7 @@ class RebuiltCache(ResizedCache):
         self._sequence.shift(p0, p1, shift)
 
     @exclusive
-    def load_sequence(self, state: bytes, seq_id: int) -> bool:
+    def load_sequence(self, state: StateBytes, seq_id: int) -> bool:
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it.
 
         Raises:

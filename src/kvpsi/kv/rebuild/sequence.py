@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import llama_cpp
 import numpy as np
 
@@ -11,7 +9,7 @@ from kvpsi.errors import UsageError
 from kvpsi.kv.cells import IntArray
 from kvpsi.kv.rebuild.context import ONLY_SEQUENCE, ContextHolder
 from kvpsi.kv.rebuild.positions import Positions
-from kvpsi.kv.statedata import parse_state
+from kvpsi.kv.statedata import StateBytes, address_of, parse_state
 
 
 class OneSequence:
@@ -64,10 +62,11 @@ class OneSequence:
         self.held.shift(p0, p1, by)
         self.shift_pending = True
 
-    def load(self, state: bytes, positions: IntArray) -> bool:
+    def load(self, state: StateBytes, positions: IntArray) -> bool:
         """`llama_state_seq_set_data` of a state with these positions; False, and empty, if llama.cpp refused it."""
-        source = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        loaded = bool(llama_cpp.llama_state_seq_set_data(self._holder.ctx, source, len(state), ONLY_SEQUENCE))
+        loaded = bool(
+            llama_cpp.llama_state_seq_set_data(self._holder.ctx, address_of(state), len(state), ONLY_SEQUENCE)
+        )
         if loaded:
             self.held.add(positions)
         else:
@@ -75,7 +74,7 @@ class OneSequence:
         return loaded
 
 
-def positions_of(state: bytes) -> IntArray:
+def positions_of(state: StateBytes) -> IntArray:
     """The positions that a sequence's saved state holds, shape [n].
 
     Raises:
