@@ -105,7 +105,8 @@ BENCH = [sys.executable, "-m", "kvpsi", "bench", "pressure", *SMALL]
 
 @pytest.mark.engine
 @pytest.mark.pressure
-def test_a_small_bench_on_a_real_board(board_places: BoardPlaces, default_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("board_places")
+def test_a_small_bench_on_a_real_board(default_model: Path, tmp_path: Path) -> None:
     command = [*BENCH, "-m", str(default_model), "--pressure-mib", "40", "--pressure-warmup-s", "0", "--json"]
     command += ["--variant-order", "calm,fixed,prune,kvpsi", "--swap", "none", "--out-dir", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
