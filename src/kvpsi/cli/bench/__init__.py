@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from kvpsi.cli.bench import elastic, pressure
+from kvpsi.cli.bench import elastic, oom, pressure, react
 
 app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
 app.command()(elastic.elastic)
+app.command()(oom.oom)
 app.command()(pressure.pressure)
+app.command()(react.react)
 
 
 @app.callback()

@@ -1,0 +1,61 @@
+"""Which situations are played: drawn from a seed, every combination in turn, sizes and rates at random."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvpsi.board.board import SwapKind
+from kvpsi.hog import HogSettings
+from kvpsi.hog.shape import ShapeName
+
+MIB = 1 << 20
+_RATES_MIB_S = (20.0, 400.0)
+_SHARES = (0.6, 0.95)  # of what fits beside the models at their floor
+_SHAPES: tuple[ShapeName, ...] = ("grow", "pulse", "sawtooth")
+_SWAPS: tuple[SwapKind, ...] = ("none", "zram")
+_HOLD_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One situation.
+
+    Attributes:
+        number: its place in the list.
+        swap: of the board.
+        n_models: models at once.
+        full: whether their caches are nearly full at the beginning, else nearly empty.
+        hog: the neighbour.
+    """
+
+    number: int
+    swap: SwapKind
+    n_models: int
+    full: bool
+    hog: HogSettings
+
+
+def draw(count: int, seed: int, room_bytes: Mapping[int, int]) -> list[Scenario]:
+    """``count`` scenarios.
+
+    Args:
+        count: how many.
+        seed: the same seed draws the same list, as far as the room is the same.
+        room_bytes: what a neighbour may take beside so many models at their floor.
+    """
+    rng = random.Random(seed)
+    combinations = list(itertools.product(_SWAPS, (1, 2), (True, False), _SHAPES))
+    rng.shuffle(combinations)
+    scenarios = []
+    for number, (swap, n_models, full, shape) in enumerate(itertools.islice(itertools.cycle(combinations), count)):
+        rate = math.exp(rng.uniform(*map(math.log, _RATES_MIB_S))) * MIB
+        size = int(rng.uniform(*_SHARES) * room_bytes[n_models]) // (2 * MIB) * 2 * MIB
+        period_s = max(1.0, 2 * size / rate)  # a pulse grows in the first half of it
+        hold_s = _HOLD_S if shape == "grow" else max(_HOLD_S, period_s)
+        hog = HogSettings(size, rate_bytes_s=rate, hold_s=hold_s, shape=shape, period_s=period_s)
+        scenarios.append(Scenario(number, swap, n_models, full, hog))
+    return scenarios

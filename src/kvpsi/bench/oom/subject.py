@@ -1,0 +1,82 @@
+"""The process of one model: it loads its conversation, and generates until its standard input is closed.
+
+It writes JSON lines: ``ready`` with its resident set, and ``done`` with what it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from kvpsi.bench.oom.fill import load
+from kvpsi.engines.llama import GovernedLlama, govern
+from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
+from kvpsi.errors import CacheRefusedError
+from kvpsi.kv.pages import process_rss_bytes
+
+_RETRY_S = 0.05
+
+
+def _generate(llm: llama_cpp.Llama, ended: threading.Event) -> tuple[list[float], int]:
+    """Seconds of each token, and how often room for one was refused."""
+    seconds: list[float] = []
+    refused = 0
+    while not ended.is_set() and llm.n_tokens < llm.n_ctx() - 1:
+        began = time.monotonic()
+        try:
+            llm.eval([llm.sample(temp=0.0)])
+        except CacheRefusedError:
+            refused += 1
+            ended.wait(_RETRY_S)
+            continue
+        seconds.append(time.monotonic() - began)
+    ended.wait()
+    return seconds, refused
+
+
+def wait_for_end(ended: threading.Event) -> None:
+    """Set the event once standard input is closed."""
+    sys.stdin.read()
+    ended.set()
+
+
+def _report(seconds: list[float], refused: int, governed: GovernedLlama | None) -> dict[str, Any]:
+    import resource  # on Unix only, as are boards
+
+    summary = governed.summary() if governed else None
+    return {
+        "seconds": seconds,
+        "refused": refused,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rss_bytes": process_rss_bytes(),
+        "trims": summary.trims if summary else 0,
+        "returned_bytes": summary.returned_bytes if summary else 0,
+        "trusted": summary.trusted if summary else True,
+    }
+
+
+def main(variant: str, argument: str) -> None:
+    """Play one model; ``argument`` is a JSON object, see `kvpsi.bench.oom.play`."""
+    settings = json.loads(argument)
+    show_errors_only()
+    options = LoadSettings(n_ctx=settings["n_ctx"], n_threads=1)
+    with contextlib.closing(open_llama(Path(settings["model"]), options.n_ctx, options)) as llm:
+        governed = govern(llm) if variant == "kvpsi" else None
+        with governed or contextlib.nullcontext():
+            load(llm, governed, settings["n_tokens"], Path(settings["state"]))
+            print(json.dumps({"ready": process_rss_bytes()}), flush=True)
+            ended = threading.Event()
+            threading.Thread(target=wait_for_end, args=(ended,), daemon=True).start()
+            seconds, refused = _generate(llm, ended)
+            print(json.dumps({"done": _report(seconds, refused, governed)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,121 @@
+"""One burst: a full model at work on a board with zram, a neighbour that takes memory at once, and a close look."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvpsi.bench.oom.play import Conversation
+from kvpsi.bench.pressure.play import forget_cached_pages
+from kvpsi.board import Board, BoardSettings, open_board
+from kvpsi.hog import Hog, HogSettings
+
+Reactor = Literal["kvpsi", "avg10"]
+Doing = Literal["decoding", "reading"]
+_LOOK_EVERY_S = 0.001
+_CALM_SHARE = 0.01
+_CALM_WINDOW_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """What happened after the neighbour began.
+
+    Attributes:
+        reactor, doing: who reacted, and what the model was doing.
+        onset_s: seconds until the kernel counted the first stall; None if it never did.
+        gave_s: seconds until the first bytes went back; None if none did.
+        relieved_s: seconds until the board had stalled less than 1 % of a tenth of a second, after the onset; None if
+            it did not within the burst.
+        waited_s: seconds that were watched.
+        returned_bytes: what went back in all.
+    """
+
+    reactor: Reactor
+    doing: Doing
+    onset_s: float | None
+    gave_s: float | None
+    relieved_s: float | None
+    waited_s: float
+    returned_bytes: int
+
+    @property
+    def reaction_s(self) -> float | None:
+        """From the first stall to the first bytes; 0 where these went back before it came to a stall."""
+        if self.gave_s is None:
+            return None
+        return max(0.0, self.gave_s - self.onset_s) if self.onset_s is not None else 0.0
+
+
+def play(
+    reactor: Reactor, doing: Doing, model: Path, conversation: Conversation, memory_bytes: int, hog: HogSettings
+) -> Burst:
+    """Make one burst.
+
+    Raises:
+        EnvironmentProblem: no board can be made here.
+    """
+    for file in (model, conversation.state):
+        forget_cached_pages(file)
+    settings = {
+        "model": str(model),
+        "n_ctx": conversation.n_ctx,
+        "n_tokens": conversation.n_tokens,
+        "state": str(conversation.state),
+    }
+    with open_board(BoardSettings(memory_bytes, "zram")) as board:
+        command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, json.dumps(settings)]
+        process = board.start(command, group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1.0)
+        gave: list[tuple[float, int]] = []
+        listener = threading.Thread(target=_listen, args=(process, gave))
+        listener.start()
+        began = time.monotonic()
+        neighbour = Hog(hog, lambda c: board.start(c, group="hog", stdout=subprocess.PIPE))
+        onset, relieved = _watch(board, began, hog.duration_s)
+        if not gave:  # an average is slow
+            time.sleep(max(0.0, began + hog.duration_s - time.monotonic()))
+        waited_s = time.monotonic() - began
+        neighbour.end()
+        neighbour.wait()
+        process.stdin.close()
+        process.wait()
+        listener.join()
+    after = [(t, n) for t, n in gave if t >= began]
+    first = after[0][0] - began if after else None
+    return Burst(reactor, doing, onset, first, relieved, waited_s, sum(n for _, n in after))
+
+
+def _listen(process: subprocess.Popen[str], gave: list[tuple[float, int]]) -> None:
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            if line.endswith("\n") and "gave" in (said := json.loads(line)):
+                gave.append((said["gave"][0], said["gave"][1]))
+
+
+def _watch(board: Board, began: float, for_s: float) -> tuple[float | None, float | None]:
+    """When the stall began and when it was over, in seconds from the beginning."""
+    baseline_s = board.stall_s() or 0.0
+    onset: float | None = None
+    looks: list[tuple[float, float]] = []
+    while (now := time.monotonic() - began) < for_s:
+        stall_s = board.stall_s() or 0.0
+        looks.append((now, stall_s))
+        if onset is None and stall_s > baseline_s:
+            onset = now
+        if onset is not None and now - onset > _CALM_WINDOW_S:
+            while len(looks) > 1 and looks[1][0] <= now - _CALM_WINDOW_S:
+                looks.pop(0)
+            if stall_s - looks[0][1] < _CALM_SHARE * (now - looks[0][0]):
+                return onset, now
+        time.sleep(_LOOK_EVERY_S)
+    return onset, None

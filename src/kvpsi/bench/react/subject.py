@@ -1,0 +1,84 @@
+"""The process of one model that decodes, or reads prompts, without a pause until its standard input is closed.
+
+It writes JSON lines: ``ready``, and each time that memory goes back ``gave``: [CLOCK_MONOTONIC seconds, bytes].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from kvpsi.bench.oom.fill import load
+from kvpsi.bench.oom.subject import wait_for_end
+from kvpsi.bench.worker import text_tokens
+from kvpsi.engines.llama import GovernedLlama, govern
+from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
+from kvpsi.errors import CacheRefusedError
+from kvpsi.instrument import Instrument
+from kvpsi.pressure import ScriptedSource, make_reading
+from kvpsi.pressure.psi import parse_pressure
+
+_POLL_S = 0.1
+_AVG10_THRESHOLD = 0.10
+_STEP = 0.20
+_PROMPT_TOKENS = 512
+
+
+class Teller(Instrument):
+    """Says when memory went back."""
+
+    def event(self, name: str, value: Any) -> None:
+        """A release that returned something."""
+        if name == "release" and value.returned_bytes:
+            print(json.dumps({"gave": [time.monotonic(), value.returned_bytes]}), flush=True)
+
+
+def follow_avg10(governed: GovernedLlama, ended: threading.Event) -> None:
+    """Ten times a second: while the system's avg10 is over the threshold, a fifth of the cache goes."""
+    cache = governed.cache
+    while not ended.wait(_POLL_S):
+        avg10 = parse_pressure(Path("/proc/pressure/memory").read_text()).some.avg10
+        if avg10 >= _AVG10_THRESHOLD:
+            cache.cap_cells = max(cache.floor_cells, int((1 - _STEP) * cache.used_cells))
+            if cache.give_now() is None:
+                cache.interrupt()
+
+
+def _work(llm: llama_cpp.Llama, doing: str, ended: threading.Event) -> None:
+    prompt = text_tokens(llm, _PROMPT_TOKENS)
+    depth = llm.n_tokens
+    while not ended.is_set():
+        if llm.n_tokens + _PROMPT_TOKENS >= llm.n_ctx():
+            llm.n_tokens = depth
+        with contextlib.suppress(CacheRefusedError):
+            llm.eval(prompt if doing == "reading" else [llm.sample(temp=0.0)])
+
+
+def main(reactor: str, doing: str, argument: str) -> None:
+    """Work; ``argument`` is a JSON object, see `kvpsi.bench.react.play`."""
+    settings = json.loads(argument)
+    show_errors_only()
+    options = LoadSettings(n_ctx=settings["n_ctx"], n_threads=1)
+    source = None if reactor == "kvpsi" else ScriptedSource([make_reading()])  # always calm
+    with (
+        contextlib.closing(open_llama(Path(settings["model"]), options.n_ctx, options)) as llm,
+        govern(llm, source=source, instrument=Teller()) as governed,
+    ):
+        load(llm, governed, settings["n_tokens"], Path(settings["state"]))
+        ended = threading.Event()
+        threading.Thread(target=wait_for_end, args=(ended,), daemon=True).start()
+        if reactor == "avg10":
+            threading.Thread(target=follow_avg10, args=(governed, ended), daemon=True).start()
+        print(json.dumps({"ready": True}), flush=True)
+        _work(llm, doing, ended)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
