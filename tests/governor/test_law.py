@@ -182,6 +182,24 @@ def test_a_slope_is_looked_ahead_along() -> None:
     assert decide(at(54, slope_mib_s=+1000), CACHE, State(), LAW)[0].give_bytes == 10 * MIB, "hope is no headroom"
 
 
+def test_a_conversation_that_is_taken_in_at_once_is_not_taken_for_a_neighbour() -> None:
+    falling = at(200, 10.0, slope_mib_s=-2000)
+    assert decide(falling, CACHE, State(), LAW)[0].give_bytes > 0
+    loading = replace(CACHE, loading_bytes=150 * MIB)
+    decision, state = decide(falling, loading, State(), LAW)
+    assert decision.give_bytes == 0
+    soon, later = replace(falling, time_s=10.4), replace(falling, time_s=10.6)
+    assert decide(soon, CACHE, state, LAW)[0].give_bytes == 0, "the slope still shows it"
+    assert decide(later, CACHE, state, LAW)[0].give_bytes > 0
+    short = replace(falling, time_s=10.2, headroom=replace(falling.headroom, available_bytes=10 * MIB))
+    assert decide(short, CACHE, state, LAW)[0].give_bytes > 0, "what is missing now is missing"
+
+
+def test_stall_that_counts_is_urgent() -> None:
+    stalled = at(70, stall=0.2)
+    assert decide(stalled, CACHE, State(), LAW)[0].urgent
+
+
 def test_half_the_reserve_is_urgent() -> None:
     assert not decide(at(33), CACHE, State(), LAW)[0].urgent
     assert decide(at(31), CACHE, State(), LAW)[0].urgent

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -460,6 +460,57 @@ def test_an_interrupted_prefill_stops_at_once_and_ends_as_if_nothing_had_been(mo
             assert llama_cpp.llama_decode(stock, batch) == 0
         assert np.array_equal(logits(cache.ctx), logits(stock)), "the same micro-batches, so the same bits"
         assert cache.seq_rm(0, 100, 400) and cache.trusted
+
+
+def stop_at_once(cache: ElasticCache, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> list[bool]:
+    """Have every decode that may be stopped be stopped at its first node; returns for each whether it might be."""
+    asked: list[bool] = []
+    interruptibly = cache._interruptibly
+
+    @contextlib.contextmanager
+    def stopped(ctx: Any, allowed: bool) -> Iterator[None]:
+        with interruptibly(ctx, allowed):
+            asked.append(allowed)
+            if allowed:
+                before()
+                assert cache.interrupt()
+            yield
+
+    monkeypatch.setattr(cache, "_interruptibly", stopped)
+    return asked
+
+
+def test_a_prefill_may_be_stopped_again_as_long_as_that_gives_memory(
+    model: llama_cpp.llama_model_p, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with elastic(model, SMALL) as cache:
+        assert decode(cache, text(300)) == 0
+
+        def lower() -> None:
+            cache.set_limit((cache.used_cells - 40) * cache.bytes_per_cell, None)
+
+        asked = stop_at_once(cache, monkeypatch, lower)
+        assert decode(cache, text(30, 300), divisible=True) == 0
+        assert asked.count(True) > 3 and not asked[-1], "it ends once nothing more can be given"
+        assert cache.used_cells <= cache.allowed_cells == cache.floor_cells
+        assert cache.trusted and held(cache.ctx)[-30:] == list(range(300, 330))
+
+
+def test_single_tokens_are_stopped_only_while_memory_is_short(
+    model: llama_cpp.llama_model_p, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with elastic(model, SMALL) as cache, open_context(model, SMALL) as stock:
+        asked = stop_at_once(cache, monkeypatch, lambda: None)
+        for pressed in (False, True):
+            cache.max_chunk_tokens = 64 if pressed else None
+            for at in range(5) if not pressed else range(5, 10):
+                assert decode(cache, text(1, at)) == 0
+                with batch_of(text(1, at)) as batch:
+                    assert llama_cpp.llama_decode(stock, batch) == 0
+                assert np.array_equal(logits(cache.ctx), logits(stock))
+            assert cache.interrupts == asked.count(True) and cache.trusted
+            assert bool(cache.interrupts) == pressed
+        assert held(cache.ctx) == list(range(10))
 
 
 def test_nothing_to_interrupt_is_told_and_leaves_no_mark(model: llama_cpp.llama_model_p) -> None:

@@ -29,11 +29,16 @@ _LARGEST_CONTEXT = 1 << 22
 
 
 _GGML_LOG_ERROR = 4
+_OF_INTERRUPTED_DECODES = (  # which go on once there is room
+    b"compute_async failed with error 1\n",
+    b"compute status: 1\n",
+    b"failed to decode, ret = 2\n",
+)
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _errors_only(level: int, text: bytes, _: object) -> None:
-    if level == _GGML_LOG_ERROR:
+    if level == _GGML_LOG_ERROR and not any(each in text for each in _OF_INTERRUPTED_DECODES):
         sys.stderr.write(text.decode("utf-8", "replace"))
 
 

@@ -40,6 +40,8 @@ class LawSettings:
         grow_share: how much of the whole cache the limit grows by in a second of calm.
         echo_s: after giving, for so long stall is taken for the echo of that work, and on scopes whose counters lag
             (the system's) what was given is credited.
+        settle_s: after a saved conversation was taken in at once, for so long the headroom's slope is that work's and
+            is not extended.
         pressed_chunk_tokens: prefill pieces under pressure, so that room is made in time before each.
     """
 
@@ -54,6 +56,7 @@ class LawSettings:
     calm_hold_s: float = 2.0
     grow_share: float = 0.05
     echo_s: float = 0.3
+    settle_s: float = 0.5
     pressed_chunk_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -79,7 +82,9 @@ class LawSettings:
                 raise UsageError(f"{name} is {value}, but a share lies above 0 and is at most 1.")
         if self.min_step_share > self.max_step_share:
             raise UsageError("min_step_share is above max_step_share; swap them.")
-        if not all(0 <= time_s < math.inf for time_s in (self.lookahead_s, self.calm_hold_s, self.echo_s)):
+        if not all(
+            0 <= time_s < math.inf for time_s in (self.lookahead_s, self.calm_hold_s, self.echo_s, self.settle_s)
+        ):
             raise UsageError("A time in the law's settings is negative or endless; use 0 or more seconds.")
         if self.pressed_chunk_tokens < 1:
             raise UsageError("pressed_chunk_tokens must be at least 1.")
@@ -101,13 +106,15 @@ class State:
     """What the law remembers from tick to tick.
 
     ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. ``given`` lists recent
-    releases as (time, bytes, headroom just before).
+    releases as (time, bytes, headroom just before). ``loading_at_s`` is when a saved conversation was last seen being
+    taken in.
     """
 
     limit_bytes: int | None = None
     calm_since_s: float | None = None
     grown_at_s: float = 0.0
     given: tuple[tuple[float, int, int], ...] = ()
+    loading_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,10 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     state = replace(state, given=tuple(g for g in state.given if now - g[0] < 2.0 + settings.echo_s))
     low, high = settings.low_for(room.limit_bytes), settings.high_for(room.limit_bytes)
     available = room.available_bytes + _credit_bytes(state, reading, settings)
-    predicted = available + int(min(0.0, room.slope_bytes_s) * settings.lookahead_s)
+    if cache.loading_bytes:
+        state = replace(state, loading_at_s=now)
+    settled = state.loading_at_s is None or now - state.loading_at_s >= settings.settle_s
+    predicted = available + int(min(0.0, room.slope_bytes_s if settled else 0.0) * settings.lookahead_s)
     stall = reading.memory.some.share
     echo = any(now - g[0] < settings.echo_s for g in state.given)
     stalled = stall >= settings.stall_share and predicted < 2 * high and not echo
@@ -192,7 +202,7 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
 
     # whatever was decided before, never grow into the reserve
     gate = max(cache.floor_bytes, min(limit, cache.used_bytes + max(0, predicted - low) - give))
-    urgent = give > 0 and predicted < low // 2
+    urgent = give > 0 and (stalled or predicted < low // 2)
     return Decision(gate, give, urgent, pressed or predicted < high, reason), state
 
 

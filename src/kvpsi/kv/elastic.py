@@ -40,6 +40,9 @@ from kvpsi.status import CacheStatus
 
 log = logging.getLogger("kvpsi")
 
+_MOST_PAIRS = 1 << 20
+_LEAST_PIECE_TOKENS = 128
+
 IntArray64 = npt.NDArray[np.int64]
 
 
@@ -76,6 +79,7 @@ class ElasticCache(GatedCache):
         super().__init__(settings, instrument, on_forgotten)
         self._held = np.zeros(self._n_seq, dtype=np.int64)  # cells that each sequence sees
         self._protected = self._protected_of(self._held)
+        self._loading_cells = 0
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
         self._closed = False
@@ -94,7 +98,8 @@ class ElasticCache(GatedCache):
     def used_cells(self) -> int:
         """Cells that hold a token."""
         run = self._run  # the count at its opening, as another thread may look while it is being recorded
-        return run.used_before + len(run.taken) if run else self.trackers[0].mirror.used
+        held = run.used_before + len(run.taken) if run else self.trackers[0].mirror.used
+        return held + self._loading_cells
 
     @property
     def committed_cells(self) -> int:
@@ -156,7 +161,11 @@ class ElasticCache(GatedCache):
         """Capacity, bytes in use and floor, for the control law."""
         per_cell = self.bytes_per_cell  # without sliding windows: what they hold cannot be given
         return CacheStatus(
-            self.n_cells * per_cell, self.used_cells * per_cell, self.floor_cells * per_cell, self.returned_bytes
+            self.n_cells * per_cell,
+            self.used_cells * per_cell,
+            self.floor_cells * per_cell,
+            self.returned_bytes,
+            self._loading_cells * per_cell,
         )
 
     def give_now(self) -> int | None:
@@ -174,6 +183,12 @@ class ElasticCache(GatedCache):
     def _next_pos(self, batch: llama_cpp.llama_batch) -> int:
         return 0 if batch.pos else self.trackers[0].mirror.stream_of(0).pos_max(0) + 1
 
+    def _most_at_once(self) -> int:
+        """Shorter pieces the more there is to attend to: a decode that is to stop does so between two nodes of its
+        graph, and the longest of them takes time in proportion to both."""
+        by_depth = max(_LEAST_PIECE_TOKENS, _MOST_PAIRS // max(1, self.used_cells))
+        return min(super()._most_at_once(), by_depth)
+
     @property
     def _gate(self) -> tuple[int, int]:
         return self.limit_cells, self.cap_cells
@@ -185,13 +200,22 @@ class ElasticCache(GatedCache):
             if run is not None and batch.n_tokens == 1 and run.gate == self._gate:
                 token = run.next(batch)
                 if token is not None:
-                    return self._decode_next(run, batch, token)
+                    code = self._decode_next(run, batch, token)
+                    if code != DECODE_ABORTED:
+                        return code
+                    self._note_interrupt(1)
             return super().decode(batch, divisible=divisible)
 
-    def _decode_next(self, run: Run, batch: llama_cpp.llama_batch, token: tuple[int, int]) -> int:
+    def _decode_next(
+        self, run: Run, batch: llama_cpp.llama_batch, token: tuple[int, int], *, stoppable: bool = True
+    ) -> int:
         """One more token of a run: where it goes is known, and nothing else needs to be known until the run ends."""
         try:
-            code = int(llama_cpp.llama_decode(self.ctx, batch))
+            if stoppable and self._pressed:
+                with self._interruptibly(self.ctx, True):
+                    code = int(llama_cpp.llama_decode(self.ctx, batch))
+            else:
+                code = int(llama_cpp.llama_decode(self.ctx, batch))
             if code == DECODE_OK:
                 run.add(token)
         except BaseException:
@@ -220,13 +244,13 @@ class ElasticCache(GatedCache):
             self._run, self._settling = None, False
         self._note_peak()
 
-    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
+    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
         if len(tokens) == 1 and self.trusted and not self._rewritten:
             run = open_run(self.trackers, tokens.seqs[0], self._gate, self._room_cells())
             token = run.next(batch) if run else None
             if run and token:
                 self._run = run
-                return self._decode_next(run, batch, token)
+                return self._decode_next(run, batch, token, stoppable=stoppable)
         micro = self._split(tokens)
         plans = [t.plan(tokens, micro) for t in self.trackers] if self.trusted else []
         if len(self.trackers) > 1 and any(p is None for p in plans):
@@ -236,7 +260,7 @@ class ElasticCache(GatedCache):
         before = [t.key_rows(p or []) for t, p in zip(self.trackers, plans, strict=False)]
         code = None
         try:
-            with self._interruptibly(self.ctx, divisible and self.trusted and len(micro) == 1):
+            with self._interruptibly(self.ctx, stoppable and self.trusted and len(micro) == 1):
                 code = int(llama_cpp.llama_decode(self.ctx, batch))
         finally:
             if code is None and self._holds(tokens):  # Ctrl-C came after llama.cpp had done it
@@ -402,9 +426,19 @@ class ElasticCache(GatedCache):
         self._drop(seq_id)
         self._evict_for(len(loads[0]))  # it was granted, whatever the limit is by now
         plans = [t.plan(tokens, [[np.arange(len(tokens))]]) for t, tokens in zip(self.trackers, loads, strict=True)]
+        self._loading_cells = len(loads[0])  # a governor must not take them for free meanwhile
+        try:
+            return self._load(state, seq_id, sections, loads, plans)
+        finally:
+            self._loading_cells = 0
+            self._count_held()
+
+    def _load(
+        self, state: StateBytes, seq_id: int, sections: list[SectionState], loads: list[Tokens], plans: Plans
+    ) -> bool:
+        """Have llama.cpp load a state, and look whether it went where it had to; False if llama.cpp refused it."""
         if not llama_cpp.llama_state_seq_set_data(self.ctx, address_of(state), len(state), seq_id):
             self._distrust("a saved state was refused, after which the cells in use are not known")
-            self._count_held()
             return False
         for tracker, tokens, plan, section in zip(self.trackers, loads, plans, sections, strict=True):
             if plan is None:
@@ -413,7 +447,6 @@ class ElasticCache(GatedCache):
                 self._distrust("a saved state did not go to the cells that were predicted for it")
             elif len(tokens):
                 tracker.commit(tokens, plan[0])
-        self._count_held()
         return True
 
     def _ask_to_replace(self, seq_id: int, n_tokens: int) -> None:

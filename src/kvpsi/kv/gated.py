@@ -206,9 +206,10 @@ class GatedCache(ABC):
         self.max_chunk_tokens = chunk_tokens
 
     def interrupt(self) -> bool:
-        """Stop a running prefill within milliseconds so that room is made first; callable from any thread.
+        """Stop a running decode within milliseconds so that room is made first; callable from any thread.
 
-        Returns whether there was something to stop. Single tokens and batches with several outputs are let finish.
+        Returns whether there was something to stop. Batches with several outputs are let finish, and so are single
+        tokens that were begun while memory was not short.
         """
         with self._abort_lock:
             if self._interruptible:
@@ -250,9 +251,11 @@ class GatedCache(ABC):
         """
         tokens = read_batch(batch, self._next_pos(batch))
         divisible = divisible and len(tokens) > 1 and tokens.n_outputs <= 1 and not batch.embd
+        stoppable = divisible or (len(tokens) == 1 and not batch.embd)
         start = 0
         stopped = False
         while start < len(tokens):
+            given = self.releases + self.trims
             self._resize_if_due()
             size = len(tokens) - start
             if divisible:
@@ -262,15 +265,15 @@ class GatedCache(ABC):
             self._make_room(size)
             try:
                 part = batch if whole else _slice(batch, start, size)
-                # what was stopped once goes through the next time, or it would never end where nothing can be given
-                code = self._decode_piece(part, piece, divisible and not stopped)
+                # what was stopped may be stopped again only if something was given meanwhile, or it would never end
+                again = self.releases + self.trims > given
+                code = self._decode_piece(part, piece, stoppable and (again or not stopped))
             except BaseException:
                 self._broken_off()
                 raise
-            stopped = code == DECODE_ABORTED and divisible
+            stopped = code == DECODE_ABORTED and stoppable
             if stopped:
-                self.interrupts += 1
-                self.instrument.event("interrupt", {"tokens": size})
+                self._note_interrupt(size)
                 continue
             if code != DECODE_OK:
                 return code
@@ -287,11 +290,15 @@ class GatedCache(ABC):
         """Have room for so many tokens more below the gate, or raise CacheRefusedError."""
 
     @abstractmethod
-    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
+    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
         """Decode and take note of what it did to the cells; llama_decode's code."""
 
     def _broken_off(self) -> None:  # noqa: B027 - a cache that keeps no record of cells has nothing to check
         """An exception (Ctrl-C) came between llama.cpp's decode and the record of it."""
+
+    def _note_interrupt(self, n_tokens: int) -> None:
+        self.interrupts += 1
+        self.instrument.event("interrupt", {"tokens": n_tokens})
 
     def _resize_if_due(self) -> None:  # noqa: B027 - most caches have no size of their own
         """Follow the gate where that takes more than evicting."""
@@ -329,11 +336,16 @@ class GatedCache(ABC):
             return "cache limit", "raise it"
         return "limit that memory sets", "free memory"
 
+    @property
+    def _pressed(self) -> bool:
+        """Whether memory is short, so that single tokens, too, pay for being asked whether they are to stop."""
+        return self.max_chunk_tokens is not None
+
     # -- interrupting --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _interruptibly(self, ctx: llama_cpp.llama_context_p, allowed: bool) -> Iterator[None]:
-        """While it lasts, `interrupt` may stop what ``ctx`` decodes; single tokens never pay for being asked."""
+        """While it lasts, `interrupt` may stop what ``ctx`` decodes."""
         if not allowed:
             yield
             return

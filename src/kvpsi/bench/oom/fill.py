@@ -8,6 +8,7 @@ from pathlib import Path
 
 import llama_cpp
 
+from kvpsi.bench.pressure.play import forget_cached_pages
 from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama
 from kvpsi.engines.loading import LoadSettings, open_llama
@@ -34,6 +35,7 @@ def load(llm: llama_cpp.Llama, governed: GovernedLlama | None, n_tokens: int, fi
             loaded = governed.cache.load_sequence(state, 0)
         else:
             loaded = bool(llama_cpp.llama_state_seq_set_data(llm.ctx, address_of(state), len(state), 0))
+    forget_cached_pages(file)  # or these pages, which nobody needs any more, would be the first to go
     if not loaded:
         raise KvpsiError("llama.cpp would not take the saved conversation.")
     tokens = text_tokens(llm, n_tokens)

@@ -32,12 +32,12 @@ _PROMPT_TOKENS = 512
 
 
 class Teller(Instrument):
-    """Says when memory went back."""
+    """Says when memory went back for want of it, not because a prompt was taken out again."""
 
     def event(self, name: str, value: Any) -> None:
-        """A release that returned something."""
-        if name == "release" and value.returned_bytes:
-            print(json.dumps({"gave": [time.monotonic(), value.returned_bytes]}), flush=True)
+        """A trim that returned something."""
+        if name == "trim" and value.release.returned_bytes:
+            print(json.dumps({"gave": [time.monotonic(), value.release.returned_bytes]}), flush=True)
 
 
 def follow_avg10(governed: GovernedLlama, ended: threading.Event) -> None:

@@ -121,9 +121,9 @@ class RebuiltCache(ResizedCache):
         if n_tokens > llama_cpp.llama_n_batch(self.ctx) and self.committed_cells < self.n_cells:
             raise self._refuse(n_tokens, n_tokens - self.committed_cells)  # llama.cpp would end the process
 
-    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, divisible: bool) -> int:
+    def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
         at_once = len(tokens) <= self._n_ubatch
-        with self._interruptibly(self.ctx, divisible and at_once):
+        with self._interruptibly(self.ctx, stoppable and at_once and (len(tokens) > 1 or self._pressed)):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if code == DECODE_OK:
             self._sequence.decoded(tokens.pos)
