@@ -71,12 +71,17 @@ class Report:
         if self.cache is None:
             return f"{speed} · not governed"
         c = self.cache
-        forgotten = f", {self.forgotten_tokens} tokens forgotten" if self.forgotten_tokens else ""
+        forgotten = f", {_count(self.forgotten_tokens, 'token')} forgotten" if self.forgotten_tokens else ""
         return (
             f"{speed} · KV resident {format_bytes(c.resident_bytes)} (peak {format_bytes(c.peak_resident_bytes)}, "
-            f"full cache {format_bytes(c.capacity_bytes)}) · {c.releases} releases, "
-            f"{format_bytes(c.returned_bytes)} returned · {c.trims} trims{forgotten} · stall {c.stall_s:.2f} s"
+            f"full cache {format_bytes(c.capacity_bytes)}) · {_count(c.releases, 'release')}, "
+            f"{format_bytes(c.returned_bytes)} returned · {_count(c.trims, 'trim')}{forgotten} · "
+            f"stall {c.stall_s:.2f} s"
         )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 class ForgottenTokens:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -164,7 +165,7 @@ def trim_and_compare(plan: Plan, report: Report) -> tuple[list[Trimmed], bool]:
     return trims, identical
 
 
-def run(plan: Plan, report: Report) -> dict[str, object]:
+def run(plan: Plan, report: Report) -> dict[str, Any]:
     """The whole bench as one JSON-ready document."""
     idle_rss_bytes, speeds = memory_and_speed(plan, report)
     trims, identical = trim_and_compare(plan, report)

@@ -186,8 +186,9 @@ class ElasticCache(GatedCache):
     def _most_at_once(self) -> int:
         """Shorter pieces the more there is to attend to: a decode that is to stop does so between two nodes of its
         graph, and the longest of them takes time in proportion to both."""
-        by_depth = max(_LEAST_PIECE_TOKENS, _MOST_PAIRS // max(1, self.used_cells))
-        return min(super()._most_at_once(), by_depth)
+        by_depth = _MOST_PAIRS // max(1, self.used_cells)
+        even = 1 << max(_LEAST_PIECE_TOKENS, by_depth).bit_length() - 1  # no remainders, which are slow
+        return min(super()._most_at_once(), even)
 
     @property
     def _gate(self) -> tuple[int, int]:

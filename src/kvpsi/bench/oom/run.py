@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from kvpsi.bench.figures import Figure
 from kvpsi.bench.oom.fill import save
@@ -44,7 +44,7 @@ class Plan:
             raise UsageError(f"The variants are {', '.join(get_args(Variant))}, not {','.join(self.variants)}.")
 
 
-def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, object]:
+def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then."""
     outcomes: list[Outcome] = []
     interrupted = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kvpsi.bench.pressure.plan import Plan
 from kvpsi.bench.pressure.play import Run, play
@@ -14,7 +15,7 @@ from kvpsi.bench.pressure.report import document_of, write_files
 Report = Callable[[str], None]
 
 
-def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, object]:
+def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then.
 
     A disk that is full does not end it: the document says so in ``problems``.

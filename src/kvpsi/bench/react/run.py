@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from kvpsi.bench.figures import Figure
 from kvpsi.bench.oom.fill import save
@@ -46,7 +46,7 @@ class Plan:
             raise UsageError(f"{self.bursts} bursts show nothing; give at least 1 with --bursts.")
 
 
-def run(plan: Plan, report: Report) -> dict[str, object]:
+def run(plan: Plan, report: Report) -> dict[str, Any]:
     """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then."""
     bursts: list[Burst] = []
     interrupted = False

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import print_figures, status_on_stderr
-from kvpsi.cli.output import print_json
+from kvpsi.cli.bench.show import show, status_on_stderr
 from kvpsi.cli.pull import progress_on_stderr
 
 
@@ -30,7 +29,4 @@ def elastic(
     plan = bench.Plan(path, n_ctx=ctx, n_threads=threads, kv_type=kv_type, rounds=rounds)
     with status_on_stderr() as say:
         document = bench.run(plan, say)
-    if json:
-        print_json(document)
-    else:
-        print_figures(document)
+    show(document, as_json=json)

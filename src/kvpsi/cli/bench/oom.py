@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import print_figures, status_on_stderr
-from kvpsi.cli.output import one_line, print_json
+from kvpsi.cli.bench.show import show, status_on_stderr
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
-
-_INTERRUPTED = 130
 
 
 def oom(
@@ -37,14 +33,8 @@ def oom(
     plan = Plan(path, runs, seed, memory_bytes, variants=chosen)
     with status_on_stderr() as say:
         document = run(plan, out_dir, say)
-    for problem in cast("list[str]", document["problems"]):
-        print(f"kvpsi: {one_line(problem)}", file=sys.stderr)
-    if json:
-        print_json(document)
-    else:
-        for name, figures in cast("dict[str, dict[str, object]]", document["variants"]).items():
-            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-        print_figures(document)
-        print(f"Raw data is in {out_dir}.")
-    if document["interrupted"]:
-        raise typer.Exit(_INTERRUPTED)
+    words = (
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items())
+        for name, figures in document["variants"].items()
+    )
+    show(document, as_json=json, words=words)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import print_figures, status_on_stderr
-from kvpsi.cli.output import one_line, print_json
+from kvpsi.cli.bench.show import show, status_on_stderr
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
 
 _MIB = 1 << 20
-_INTERRUPTED = 130
 
 
 def pressure(
@@ -76,13 +73,5 @@ def pressure(
     )
     with status_on_stderr() as say:
         document = run(plan, out_dir, say)
-    for problem in cast("list[str]", document["problems"]):
-        print(f"kvpsi: {one_line(problem)}", file=sys.stderr)
-    if json:
-        print_json(document)
-    else:
-        print(reporting.markdown([reporting.Row(**row) for row in cast("list[dict[str, object]]", document["runs"])]))  # type: ignore[arg-type]
-        print_figures(document)
-        print(f"Raw data and plots are in {out_dir}.")
-    if document["interrupted"]:
-        raise typer.Exit(_INTERRUPTED)
+    rows = [reporting.Row(**row) for row in document["runs"]]
+    show(document, as_json=json, words=[reporting.markdown(rows), f"Raw data and plots are in {out_dir}."])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import print_figures, status_on_stderr
-from kvpsi.cli.output import print_json
+from kvpsi.cli.bench.show import show, status_on_stderr
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
-
-_INTERRUPTED = 130
 
 
 def react(
@@ -30,11 +27,5 @@ def react(
         path = models.pull(model, report)
     with status_on_stderr() as say:
         document = run(Plan(path, bursts, n_tokens=tokens, memory_bytes=memory_bytes), say)
-    if json:
-        print_json(document)
-    else:
-        for row in cast("list[dict[str, object]]", document["distributions"]):
-            print(", ".join(f"{key} {value}" for key, value in row.items()))
-        print_figures(document)
-    if document["interrupted"]:
-        raise typer.Exit(_INTERRUPTED)
+    words = (", ".join(f"{key} {value}" for key, value in row.items()) for row in document["distributions"])
+    show(document, as_json=json, words=words)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import typer
+
+from kvpsi.cli.output import one_line, print_json
+
+_INTERRUPTED = 130
 
 
 @contextlib.contextmanager
@@ -34,7 +40,25 @@ class _Stages:
             print(f"kvpsi: {stage}", file=sys.stderr, flush=True)
 
 
-def print_figures(document: dict[str, Any]) -> None:
+def show(document: dict[str, Any], *, as_json: bool, words: Iterable[str] = ()) -> None:
+    """Print what a bench found, as JSON or as lines and a table; what went wrong beside it on standard error.
+
+    Raises:
+        typer.Exit: it was interrupted (status 130).
+    """
+    for problem in document.get("problems", ()):
+        print(f"kvpsi: {one_line(problem)}", file=sys.stderr)
+    if as_json:
+        print_json(document)
+    else:
+        for line in words:
+            print(line)
+        _print_figures(document)
+    if document.get("interrupted"):
+        raise typer.Exit(_INTERRUPTED)
+
+
+def _print_figures(document: dict[str, Any]) -> None:
     """The figures as a table."""
     from rich.console import Console
     from rich.table import Table
