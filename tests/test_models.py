@@ -26,6 +26,7 @@ from kvpsi.models import gguf, store
 from kvpsi.models.catalog import NamedModel, PackagedPart
 from kvpsi.models.hub import HubFile, parse_hub_spec
 from support.gguf_files import DEFAULT_KEYS, gguf_bytes, tensor, text, write_gguf
+from support.interrupts import popen_heeding_ctrl_c
 
 HEADER = gguf_bytes()
 WEIGHTS = gguf_bytes(data_bytes=64 << 10)
@@ -320,7 +321,7 @@ def test_ctrl_c_in_the_middle_of_pip_ends_quietly_and_leaves_nothing(tmp_path: P
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
         environ |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "KVPSI_CACHE_DIR": str(tmp_path)}
         command = [sys.executable, "-m", "kvpsi", "pull"]
-        with subprocess.Popen(
+        with popen_heeding_ctrl_c(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         ) as process:
             silent.settimeout(60)

@@ -41,7 +41,7 @@ from kvpsi.status import CacheStatus
 log = logging.getLogger("kvpsi")
 
 _MOST_PAIRS = 1 << 20
-_LEAST_PIECE_TOKENS = 128
+_LEAST_PIECE_TOKENS = 256
 
 IntArray64 = npt.NDArray[np.int64]
 
