@@ -22,6 +22,7 @@ from kvpsi.bench.pressure.watch import Sample
 from kvpsi.board import BoardPlaces
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogReport
+from support.boards import left_behind
 from support.interrupts import popen_heeding_ctrl_c
 
 MIB = 1 << 20
@@ -92,11 +93,6 @@ def test_a_quantile_is_one_of_the_values_and_splits_them(values: list[float], sh
 def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(Path("m.gguf"), **wrong)
-
-
-def left_behind(places: BoardPlaces, maker_pid: int) -> list[Path]:
-    """Others may have boards of their own."""
-    return [folder for place in places.all for folder in place.path.glob(f"kvpsi-board-{maker_pid}-*")]
 
 
 SMALL = ["--prompt-tokens", "64", "-n", "24", "-c", "2048", "--rounds", "1", "--variant-cooldown-s", "0"]

@@ -18,6 +18,7 @@ from kvpsi.board.cgroups import BoardCgroups
 from kvpsi.board.places import Place
 from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import Hog, HogReport, HogSettings
+from support.boards import left_behind
 from support.interrupts import popen_heeding_ctrl_c
 
 MIB = 1 << 20
@@ -26,11 +27,6 @@ SMALL = BoardSettings(128 * MIB)
 
 def play(board: Board, settings: HogSettings, group: str = "hog") -> HogReport:
     return Hog(settings, lambda command: board.start(command, group=group, stdout=subprocess.PIPE)).wait()
-
-
-def left_behind(places: BoardPlaces, maker_pid: int) -> list[Path]:
-    """Others may have boards of their own."""
-    return [folder for place in places.all for folder in place.path.glob(f"kvpsi-board-{maker_pid}-*")]
 
 
 def swap_devices() -> list[str]:

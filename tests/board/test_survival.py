@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpsi.bench.pressure.play import forget_cached_pages
 from kvpsi.board import BoardSettings, open_board
 from kvpsi.hog import Hog, HogSettings
 
@@ -42,12 +42,6 @@ def play(
     report = json.loads(lines[-1]) if code == 0 else {}
     print(kind, "model", code, "neighbour", fared, "kills", kills, report)
     return code, fared.killed_by, kills, report
-
-
-def forget_cached_pages(file: Path) -> None:
-    """Drop a file from the page cache, so that whoever reads it next is charged for it."""
-    with file.open("rb") as opened:
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen[str], timeout_s: float) -> bool:

@@ -29,6 +29,12 @@ class Conversation:
     n_tokens: int
     state: Path
 
+    def as_argument(self, model: Path) -> str:
+        """What a model's process is told of it."""
+        return json.dumps(
+            {"model": str(model), "n_ctx": self.n_ctx, "n_tokens": self.n_tokens, "state": str(self.state)}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -80,13 +86,7 @@ def start_models(
 ) -> Iterator[_Model]:
     """Start them one after the other: each takes its whole cache when it starts, and a board has room for one."""
     for number in range(count):
-        settings = {
-            "model": str(model),
-            "n_ctx": conversation.n_ctx,
-            "n_tokens": conversation.n_tokens,
-            "state": str(conversation.state),
-        }
-        command = [sys.executable, "-m", "kvpsi.bench.oom.subject", variant, json.dumps(settings)]
+        command = [sys.executable, "-m", "kvpsi.bench.oom.subject", variant, conversation.as_argument(model)]
         started = _Model(board.start(command, group=f"model-{number}", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         started.ready()
         yield started

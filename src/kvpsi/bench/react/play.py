@@ -66,14 +66,9 @@ def play(
     """
     for file in (model, conversation.state):
         forget_cached_pages(file)
-    settings = {
-        "model": str(model),
-        "n_ctx": conversation.n_ctx,
-        "n_tokens": conversation.n_tokens,
-        "state": str(conversation.state),
-    }
     with open_board(BoardSettings(memory_bytes, "zram")) as board:
-        command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, json.dumps(settings)]
+        argument = conversation.as_argument(model)
+        command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, argument]
         process = board.start(command, group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
