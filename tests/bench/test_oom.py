@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvpsi.bench.oom.play import Outcome
-from kvpsi.bench.oom.run import Plan, figures_of, row_of, run
+from kvpsi.bench.oom.run import Plan, Table, figures_of, row_of, run
 from kvpsi.bench.oom.scenarios import draw
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogReport
@@ -48,6 +48,23 @@ def test_kills_and_refusals_are_counted() -> None:
 def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(Path("m.gguf"), **wrong)
+
+
+def test_every_run_is_written_down_when_it_is_over(tmp_path: Path) -> None:
+    said = {"seconds": [0.03], "refused": 0, "trims": 1, "trusted": True}
+    table = Table(tmp_path / "new" / "oom.csv")
+    for number in range(1, 3):
+        table.add(outcome("kvpsi", 0, [said]))
+        assert len((tmp_path / "new" / "oom.csv").read_text().splitlines()) == 1 + number
+    assert table.problem is None
+
+
+def test_a_full_disk_ends_nothing_and_is_told() -> None:
+    table = Table(Path("/dev/full"))
+    for _ in range(2):
+        table.add(outcome("fixed", 1, [None]))
+    assert table.rows == 0 and table.problem is not None
+    assert "No space left" in table.problem
 
 
 @pytest.mark.engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,12 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpsi.bench.pressure.plan import Plan
-from kvpsi.bench.pressure.play import Run, Token
+from kvpsi.bench.pressure.play import Reading, Run, Token
 from kvpsi.bench.pressure.report import figures_of, markdown, quantile, row_of, write_files
 from kvpsi.bench.pressure.watch import Sample
 from kvpsi.board import BoardPlaces
@@ -57,7 +59,24 @@ def test_figures_are_ratios_to_the_other_variants() -> None:
     assert found["p50_to_calm"].value == pytest.approx(1.1) and found["p50_to_calm"].met is False
     assert found["worst_step"].value == pytest.approx(75) and found["worst_step"].met
     assert found["tok_s_to_calm"].value == pytest.approx(100 * 30 / (99 * 33 + 75))
-    assert found["kvpsi.kills"].met and "hog_stall_to_prune" not in found
+    assert found["kvpsi.kills"].met and "hog_stall_to_prune" not in found and "reading_to_alone" not in found
+
+
+def test_reading_is_compared_with_the_same_cache_alone() -> None:
+    run = made_up("kvpsi", 33, rss_mib=250)
+    run.reading_pressed, run.reading_alone = Reading(6.0, 2), Reading(4.0, 0)
+    found = {f.name: f for f in figures_of([run])}
+    assert found["reading_to_alone"].value == pytest.approx(1.5) and found["reading_to_alone"].met is False
+    assert found["reading_interrupts"].value == 2
+
+
+def test_other_ways_with_the_weights_are_compared_without_a_target() -> None:
+    runs = [made_up("calm", 30, rss_mib=250), made_up("kvpsi-locked", 60, rss_mib=250)]
+    found = {f.name: f for f in figures_of(runs)}
+    assert "kvpsi-locked.p50_to_calm" not in found, "kvpsi itself was not run"
+    found = {f.name: f for f in figures_of([*runs, made_up("kvpsi", 30, rss_mib=250)])}
+    assert found["kvpsi-locked.p50_to_calm"].value == pytest.approx(2)
+    assert found["kvpsi-locked.p50_to_calm"].met is None and found["p50_to_calm"].met
 
 
 def test_a_killed_model_is_a_row_and_counts(tmp_path: Path) -> None:
@@ -96,6 +115,7 @@ def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 SMALL = ["--prompt-tokens", "64", "-n", "24", "-c", "2048", "--rounds", "1", "--variant-cooldown-s", "0"]
+SMALL += ["--read-tokens", "128"]
 BENCH = [sys.executable, "-m", "kvpsi", "bench", "pressure", *SMALL]
 
 
@@ -109,6 +129,7 @@ def test_a_small_bench_on_a_real_board(default_model: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [r["variant"] for r in document["runs"]] == ["calm", "fixed", "prune", "kvpsi"]
+    assert any(f["name"] == "reading_to_alone" and f["value"] > 0 for f in document["figures"])
     assert all(r["tokens"] == 24 and not r["model_killed"] and r["peak_rss_mib"] > 100 for r in document["runs"])
     assert document["interrupted"] is False and document["problems"] == []
     assert {Path(path).name for path in document["raw"]} >= {"runs.csv", "table.md", "kvpsi.png"}
@@ -138,3 +159,41 @@ def test_ctrl_c_ends_it_with_what_there_is_and_leaves_nothing(
     document = json.loads(stdout)
     assert document["interrupted"] is True and [r["variant"] for r in document["runs"]] == ["calm"]
     assert not left_behind(board_places, process.pid)
+
+
+@pytest.mark.engine
+@pytest.mark.pressure
+def test_a_model_that_is_killed_and_a_full_disk_are_told(
+    board_places: BoardPlaces, default_model: Path, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    command = [*BENCH, "-m", str(default_model), "--swap", "none", "--out-dir", str(full), "--json", "-n", "400"]
+    command += ["--variant-order", "calm,kvpsi", "--pressure-mib", "20"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "kvpsi-test", str(full)], check=True)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            subject_of(process, "calm").kill()
+            stdout, stderr = process.communicate(timeout=200)
+        finally:
+            process.kill()
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    document = json.loads(stdout)
+    assert [r["model_killed"] for r in document["runs"]] == [True, False]
+    assert any("No space left" in problem for problem in document["problems"])
+    assert not left_behind(board_places, process.pid)
+
+
+def subject_of(bench: subprocess.Popen[str], variant: str) -> psutil.Process:
+    """The process of a variant's model, as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(bench.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.cmdline()[2:4] == ["kvpsi.bench.pressure.subject", variant]:
+                    return child
+        time.sleep(0.05)
+    raise AssertionError(f"the model of {variant} never started")

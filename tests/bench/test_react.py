@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvpsi.bench.oom.fill import save
-from kvpsi.bench.oom.play import Conversation
+from kvpsi.bench.conversation import Conversation, save
 from kvpsi.bench.react.play import Burst, play
 from kvpsi.bench.react.run import figures_of
 from kvpsi.hog import HogSettings
@@ -39,7 +38,7 @@ def test_where_nothing_was_given_the_whole_wait_counts() -> None:
 @pytest.mark.usefixtures("board_places")
 def test_a_small_burst(default_model: Path, tmp_path: Path) -> None:
     talk = Conversation(4096, 1500, tmp_path / "full.state")
-    save(default_model, talk.n_tokens, talk.state)
+    save(default_model, talk)
     hog = HogSettings(200 * MIB, rate_bytes_s=4 << 30, hold_s=2)
     seen = play("kvpsi", "decoding", default_model, talk, 350 * MIB, hog)
     assert seen.gave_s is not None and seen.gave_s < 2

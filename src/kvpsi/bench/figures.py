@@ -1,9 +1,10 @@
-"""Figures with their targets, the same in every bench."""
+"""Figures with their targets, and quantiles, the same in every bench."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,3 +35,11 @@ class Figure:
         """Name, value, unit, target and met, as `jq '.figures[] | select(.met == false)'` wants them."""
         target = None if self.target is None else f"{self.comparison} {self.target}"
         return {"name": self.name, "value": self.value, "unit": self.unit, "target": target, "met": self.met}
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of them does not exceed; 0 if there are none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

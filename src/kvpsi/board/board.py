@@ -22,6 +22,7 @@ from kvpsi.units import format_bytes
 
 SwapKind = Literal["none", "zram"]
 _LEAST_BYTES = 16 << 20
+_SYSTEM_PRESSURE = Path("/proc/pressure/memory")
 # Joins the cgroups named before "--" and becomes the command behind it; no other process of ours is on the board.
 _ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 125; shift; done; shift; exec "$@"'
 
@@ -115,6 +116,10 @@ class Board:
             return None
         line = pressure.some if kind == "some" else pressure.full
         return line.total_us / 1e6 if line is not None else None
+
+    def pressure_file(self) -> Path:
+        """Where the kernel tells the board's memory stall; without one of its own, the system's."""
+        return self.cgroups.pressure_file() or _SYSTEM_PRESSURE
 
     def end(self) -> None:
         """End all that still runs."""

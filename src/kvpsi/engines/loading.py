@@ -73,11 +73,14 @@ class LoadSettings:
         n_ctx: context in tokens; 0: as large as the job needs.
         n_threads: threads; 0: as many as the affinity mask and the CPU quota allow.
         kv_type: type of the cache's values, one of `KV_TYPES`.
+        lock_weights: keep the weights in memory, as far as RLIMIT_MEMLOCK allows; else the kernel may drop them, as
+            they can be read from their file again.
     """
 
     n_ctx: int = 0
     n_threads: int = 0
     kv_type: str = "f16"
+    lock_weights: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.n_ctx <= _LARGEST_CONTEXT:
@@ -206,6 +209,7 @@ def open_llama(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
                 flash_attn=True,
                 type_k=kv_type,
                 type_v=kv_type,
+                use_mlock=load.lock_weights,
                 verbose=False,
             )
     except (ValueError, RuntimeError, AssertionError) as error:

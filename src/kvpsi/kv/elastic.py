@@ -41,7 +41,7 @@ from kvpsi.status import CacheStatus
 log = logging.getLogger("kvpsi")
 
 _MOST_PAIRS = 1 << 20
-_LEAST_PIECE_TOKENS = 256
+_LEAST_PIECE_TOKENS = 128
 
 IntArray64 = npt.NDArray[np.int64]
 
@@ -185,8 +185,8 @@ class ElasticCache(GatedCache):
 
     def _most_at_once(self) -> int:
         """Shorter pieces the more there is to attend to: a decode that is to stop does so between two nodes of its
-        graph, and the longest of them takes time in proportion to both."""
-        by_depth = _MOST_PAIRS // max(1, self.used_cells)
+        graph, and the longest of them takes time in proportion to both, shared by the threads."""
+        by_depth = _MOST_PAIRS * int(llama_cpp.llama_n_threads_batch(self.ctx)) // max(1, self.used_cells)
         even = 1 << max(_LEAST_PIECE_TOKENS, by_depth).bit_length() - 1  # no remainders, which are slow
         return min(super()._most_at_once(), even)
 
@@ -212,10 +212,7 @@ class ElasticCache(GatedCache):
     ) -> int:
         """One more token of a run: where it goes is known, and nothing else needs to be known until the run ends."""
         try:
-            if stoppable and self._pressed:
-                with self._interruptibly(self.ctx, True):
-                    code = int(llama_cpp.llama_decode(self.ctx, batch))
-            else:
+            with self._interruptibly(self.ctx, stoppable):
                 code = int(llama_cpp.llama_decode(self.ctx, batch))
             if code == DECODE_OK:
                 run.add(token)

@@ -28,7 +28,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound="GatedCache")
 
-_LIBC = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+# The abort callback, asked at every node of a graph: libc's strlen of a two-byte buffer, 0 while its first byte is 0.
+# A C function costs nothing there, a Python one would cost as much as the node itself.
+_STRLEN = ctypes.cast(ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen, llama_cpp.ggml_abort_callback)
+_NO_CALLBACK = llama_cpp.ggml_abort_callback(0)
 
 DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED, DECODE_INVALID = 0, 1, 2, -1
 
@@ -113,6 +116,7 @@ class GatedCache(ABC):
         self.distrust_reason: str | None = None
         self.max_chunk_tokens: int | None = None
         self._abort = ctypes.create_string_buffer(2)
+        self._abort_data = ctypes.cast(self._abort, ctypes.c_void_p)
         self._abort_lock = threading.Lock()
         self._busy = threading.RLock()
         self._interruptible = False
@@ -208,8 +212,7 @@ class GatedCache(ABC):
     def interrupt(self) -> bool:
         """Stop a running decode within milliseconds so that room is made first; callable from any thread.
 
-        Returns whether there was something to stop. Batches with several outputs are let finish, and so are single
-        tokens that were begun while memory was not short.
+        Returns whether there was something to stop. Batches with several outputs are let finish.
         """
         with self._abort_lock:
             if self._interruptible:
@@ -336,11 +339,6 @@ class GatedCache(ABC):
             return "cache limit", "raise it"
         return "limit that memory sets", "free memory"
 
-    @property
-    def _pressed(self) -> bool:
-        """Whether memory is short, so that single tokens, too, pay for being asked whether they are to stop."""
-        return self.max_chunk_tokens is not None
-
     # -- interrupting --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -349,10 +347,7 @@ class GatedCache(ABC):
         if not allowed:
             yield
             return
-        # libc's strlen of a two-byte buffer: 0 while its first byte is 0. A C function costs nothing per graph
-        # node, a Python one would cost as much as the node itself.
-        strlen = ctypes.cast(_LIBC.strlen, llama_cpp.ggml_abort_callback)
-        llama_cpp.llama_set_abort_callback(ctx, strlen, ctypes.cast(self._abort, ctypes.c_void_p))
+        llama_cpp.llama_set_abort_callback(ctx, _STRLEN, self._abort_data)
         with self._abort_lock:
             self._interruptible = True
         try:
@@ -361,7 +356,7 @@ class GatedCache(ABC):
             with self._abort_lock:
                 self._interruptible = False
                 self._abort[0] = b"\0"
-            llama_cpp.llama_set_abort_callback(ctx, llama_cpp.ggml_abort_callback(0), None)
+            llama_cpp.llama_set_abort_callback(ctx, _NO_CALLBACK, None)
 
     # -- the same operations as llama.cpp's ----------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import threading
@@ -12,28 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvpsi.bench.conversation import Conversation, forget_cached_pages
+from kvpsi.bench.lines import said
 from kvpsi.bench.oom.scenarios import Scenario
-from kvpsi.bench.pressure.play import forget_cached_pages
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.hog import Hog, HogReport
 
 Variant = Literal["fixed", "kvpsi"]
 _END_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What a model holds at first: ``n_tokens`` of a context of ``n_ctx``, saved in ``state``."""
-
-    n_ctx: int
-    n_tokens: int
-    state: Path
-
-    def as_argument(self, model: Path) -> str:
-        """What a model's process is told of it."""
-        return json.dumps(
-            {"model": str(model), "n_ctx": self.n_ctx, "n_tokens": self.n_tokens, "state": str(self.state)}
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +59,11 @@ class _Model:
         timer.start()
         try:
             with self._process.stdout as lines:
-                said = [json.loads(line) for line in lines if line.endswith("\n")]
+                told = dict(map(said, lines))
             self._process.wait()
         finally:
             timer.cancel()
-        return next((each["done"] for each in said if "done" in each), None)
+        return told.get("done")
 
 
 def start_models(

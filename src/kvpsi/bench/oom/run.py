@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from kvpsi.bench.figures import Figure
-from kvpsi.bench.oom.fill import save
-from kvpsi.bench.oom.play import Conversation, Outcome, Variant, floor_bytes, play
+from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.figures import Figure, quantile
+from kvpsi.bench.oom.play import Outcome, Variant, floor_bytes, play
 from kvpsi.bench.oom.scenarios import draw
-from kvpsi.bench.pressure.report import quantile
 from kvpsi.errors import UsageError
 
 Report = Callable[[str], None]
@@ -45,7 +44,11 @@ class Plan:
 
 
 def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
-    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then."""
+    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then.
+
+    Every run is written down when it is over. A disk that is full does not end the bench: ``problems`` says so.
+    """
+    table = Table(out_dir / "oom.csv")
     outcomes: list[Outcome] = []
     interrupted = False
     room: dict[int, int] = {}
@@ -62,22 +65,17 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                     report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
                     talk = talks[scenario.n_models, scenario.full]
                     outcomes.append(play(scenario, variant, plan.model, talk, plan.memory_bytes))
+                    table.add(outcomes[-1])
         except KeyboardInterrupt:
             interrupted = True
-    problems: list[str] = []
-    raw: list[str] = []
-    try:
-        raw.append(_write(out_dir, outcomes))
-    except OSError as error:
-        problems.append(f"{out_dir} cannot be written ({error.strerror}), so there are no files.")
     return {
         "plan": {**asdict(plan), "model": plan.model.name},
         "interrupted": interrupted,
         "room_bytes": room,
         "variants": {v: _summary([o for o in outcomes if o.variant == v]) for v in plan.variants},
         "figures": [f.as_json() for f in figures_of(outcomes)],
-        "problems": problems,
-        "raw": raw,
+        "problems": [table.problem] if table.problem else [],
+        "raw": [str(table.path)] if table.rows else [],
     }
 
 
@@ -87,9 +85,8 @@ def _conversations(plan: Plan, folder: Path, report: Report) -> dict[tuple[int, 
     for n_models, n_ctx in enumerate(plan.n_ctx, start=1):
         for full, n_tokens in ((True, int(_FULL_SHARE * n_ctx)), (False, _EMPTY_TOKENS)):
             report(f"reading conversations, {n_tokens} tokens")
-            state = folder / f"{n_ctx}-{n_tokens}.state"
-            save(plan.model, n_tokens, state)
-            found[n_models, full] = Conversation(n_ctx, n_tokens, state)
+            found[n_models, full] = talk = Conversation(n_ctx, n_tokens, folder / f"{n_ctx}-{n_tokens}.state")
+            save(plan.model, talk)
     return found
 
 
@@ -159,12 +156,28 @@ def row_of(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _write(folder: Path, outcomes: Sequence[Outcome]) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "oom.csv"
-    rows = [row_of(each) for each in outcomes]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
+class Table:
+    """A CSV file that grows by a line with each run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self.problem: str | None = None
+
+    def add(self, outcome: Outcome) -> None:
+        """Write one more line; where that fails, say so once and go on without."""
+        if self.problem:
+            return
+        row = row_of(outcome)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self.rows else "w", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if not self.rows:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            rest = "the runs from then on are missing in it" if self.rows else "there is no such file"
+            self.problem = f"{self.path} cannot be written ({error.strerror}), so {rest}."
+        else:
+            self.rows += 1

@@ -6,16 +6,15 @@ It writes JSON lines: ``ready`` with its resident set, and ``done`` with what it
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from kvpsi.bench.oom.fill import load
+from kvpsi.bench.conversation import Told, load
+from kvpsi.bench.lines import say, until_closed
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
 from kvpsi.errors import CacheRefusedError
@@ -41,12 +40,6 @@ def _generate(llm: llama_cpp.Llama, ended: threading.Event) -> tuple[list[float]
     return seconds, refused
 
 
-def wait_for_end(ended: threading.Event) -> None:
-    """Set the event once standard input is closed."""
-    sys.stdin.read()
-    ended.set()
-
-
 def _report(seconds: list[float], refused: int, governed: GovernedLlama | None) -> dict[str, Any]:
     import resource  # on Unix only, as are boards
 
@@ -63,19 +56,17 @@ def _report(seconds: list[float], refused: int, governed: GovernedLlama | None) 
 
 
 def main(variant: str, argument: str) -> None:
-    """Play one model; ``argument`` is a JSON object, see `kvpsi.bench.oom.play`."""
-    settings = json.loads(argument)
+    """Play one model; ``argument`` is what `Conversation.as_argument` gave."""
+    told = Told.of(argument)
     show_errors_only()
-    options = LoadSettings(n_ctx=settings["n_ctx"], n_threads=1)
-    with contextlib.closing(open_llama(Path(settings["model"]), options.n_ctx, options)) as llm:
+    options = LoadSettings(n_ctx=told.conversation.n_ctx, n_threads=1)
+    with contextlib.closing(open_llama(told.model, options.n_ctx, options)) as llm:
         governed = govern(llm) if variant == "kvpsi" else None
         with governed or contextlib.nullcontext():
-            load(llm, governed, settings["n_tokens"], Path(settings["state"]))
-            print(json.dumps({"ready": process_rss_bytes()}), flush=True)
-            ended = threading.Event()
-            threading.Thread(target=wait_for_end, args=(ended,), daemon=True).start()
-            seconds, refused = _generate(llm, ended)
-            print(json.dumps({"done": _report(seconds, refused, governed)}), flush=True)
+            load(llm, governed, told.conversation)
+            say("ready", process_rss_bytes())
+            seconds, refused = _generate(llm, until_closed())
+            say("done", _report(seconds, refused, governed))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from kvpsi.board import BoardSettings
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
 
-Variant = Literal["calm", "fixed", "prune", "kvpsi"]
+Variant = Literal["calm", "fixed", "prune", "kvpsi", "kvpsi-locked", "kvpsi-populated"]
 """``fixed`` is stock llama-cpp-python; ``prune`` drops the oldest tokens while avg10 is high and returns nothing;
-``kvpsi`` is governed, and ``calm`` the same without a neighbour."""
+``kvpsi`` is governed, and ``calm`` the same without a neighbour. ``kvpsi-locked`` has its weights locked into memory,
+``kvpsi-populated`` reads them back at once whenever it gave memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Plan:
         n_ctx: context in tokens.
         prompt_tokens: read before anything is measured.
         n_predict: tokens generated while calm, and as many under pressure.
+        read_tokens: read by a governed model after that, first beside the neighbour, then, with a cache that is kept as
+            small, alone; 0: nothing.
         keep, tail, min_prune: as for `kvpsi generate`.
         n_threads: of the model; one leaves the other core of a small machine to the neighbour.
         variants: in the order in which they run first; the next round runs them backwards, and so on.
@@ -41,6 +44,7 @@ class Plan:
     n_ctx: int = 16384
     prompt_tokens: int = 6000
     n_predict: int = 400
+    read_tokens: int = 1024
     keep: int = 16
     tail: int = 256
     min_prune: int = 64
@@ -57,12 +61,14 @@ class Plan:
             raise UsageError(f"The variants are {known}, not {','.join(self.variants)}.")
         if len(set(self.variants)) < len(self.variants):
             raise UsageError(f"Name each variant once: {known}.")
-        if self.prompt_tokens + 2 * self.n_predict > self.n_ctx:
+        if self.prompt_tokens + 2 * (self.n_predict + self.read_tokens) > self.n_ctx:
             raise UsageError(
-                f"{self.prompt_tokens} tokens of prompt and twice {self.n_predict} generated ones do not fit into a "
-                f"context of {self.n_ctx}; raise -c or lower -n."
+                f"{self.prompt_tokens} tokens of prompt, twice {self.n_predict} generated ones and twice "
+                f"{self.read_tokens} read ones do not fit into a context of {self.n_ctx}; raise -c or lower -n."
             )
-        if min(self.prompt_tokens, self.n_predict, self.rounds) < 1 or min(self.cooldown_s, self.limit_s) < 0:
+        if min(self.prompt_tokens, self.n_predict, self.rounds) < 1 or (
+            min(self.cooldown_s, self.limit_s, self.read_tokens) < 0
+        ):
             raise UsageError("Tokens and rounds are at least 1, times not negative.")
         if not 0 < self.prune_threshold <= 1:
             raise UsageError("The threshold for pruning is a share above 0 and at most 1, such as 0.1.")

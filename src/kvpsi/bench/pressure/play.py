@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpsi.bench.conversation import forget_cached_pages
+from kvpsi.bench.lines import said
 from kvpsi.bench.pressure.plan import Plan, Variant
 from kvpsi.bench.pressure.watch import Sample, Watch
 from kvpsi.board import Board, open_board
@@ -25,6 +26,14 @@ class Token:
     seconds: float
     gave: bool
     kv_cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt that was read: how long it took, and how often it was stopped to make room."""
+
+    seconds: float
+    interrupts: int
 
 
 @dataclass(slots=True)
@@ -42,6 +51,9 @@ class Run:
     hog: HogReport | None = None
     kills: int = 0
     peak_bytes: int | None = None
+    pressure_until_s: float | None = None
+    reading_pressed: Reading | None = None
+    reading_alone: Reading | None = None
 
     @property
     def model_killed(self) -> bool:
@@ -63,22 +75,34 @@ def play(plan: Plan, variant: Variant, round_number: int) -> Run:
     run = Run(variant, round_number)
     forget_cached_pages(plan.model)
     with open_board(plan.board) as board:
-        model = board.start(_command(plan, variant), group="model", stdout=subprocess.PIPE)
+        model = board.start(
+            _command(plan, variant, board.pressure_file()), group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         watch = Watch(board, model.pid)
         watch.start()
         hog: Hog | None = None
         reports: list[HogReport] = []
         waiting: threading.Thread | None = None
-        assert model.stdout is not None
-        with model.stdout as lines:
+        assert model.stdin is not None and model.stdout is not None
+        with model.stdin as answers, model.stdout as lines:
             for line in lines:
-                what, value = _said(line)
+                what, value = said(line)
                 if what == "read":
                     run.read_s = value
                 elif what == "calm":
                     run.calm += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
                 elif what == "tokens":
                     run.pressed += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
+                elif what == "reading_pressed":
+                    run.reading_pressed = Reading(**value)
+                elif what == "reading_alone":
+                    run.reading_alone = Reading(**value)
+                elif what == "alone":
+                    run.pressure_until_s = value
+                    if hog is not None and waiting is not None:
+                        hog.end()
+                        waiting.join()
+                    print(file=answers, flush=True)
                 elif what == "done":
                     run.done = value
                 elif what == "pressure":
@@ -98,23 +122,19 @@ def play(plan: Plan, variant: Variant, round_number: int) -> Run:
     return run
 
 
-def forget_cached_pages(file: Path) -> None:
-    """Drop a file from the page cache, so that whoever reads it next is charged for it."""
-    with file.open("rb") as opened:
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _command(plan: Plan, variant: Variant) -> list[str]:
+def _command(plan: Plan, variant: Variant, pressure_file: Path) -> list[str]:
     settings = {
         "model": str(plan.model),
         "n_ctx": plan.n_ctx,
         "n_threads": plan.n_threads,
         "prompt_tokens": plan.prompt_tokens,
         "n_predict": plan.n_predict,
+        "read_tokens": plan.read_tokens,
         "keep": plan.keep,
         "tail": plan.tail,
         "min_prune": plan.min_prune,
         "prune_threshold": plan.prune_threshold,
+        "pressure_file": str(pressure_file),
         "limit_s": plan.limit_s,
     }
     return [sys.executable, "-m", "kvpsi.bench.pressure.subject", variant, json.dumps(settings)]
@@ -127,11 +147,3 @@ def _start_hog(plan: Plan, board: Board, watch: Watch) -> Hog:
         return process
 
     return Hog(plan.hog, start)
-
-
-def _said(line: str) -> tuple[str, Any]:
-    try:
-        ((what, value),) = json.loads(line).items()
-    except (ValueError, AttributeError):  # the last line of a process that was killed in the middle of it
-        return "", None
-    return what, value

@@ -12,17 +12,20 @@ _SHARE = 0.10
 
 
 class Pruner:
-    """Looks at the system's avg10 before every token; positions close up, as llama.cpp's own context shift does."""
+    """Looks at the board's avg10 before every token; positions close up, as llama.cpp's own context shift does."""
 
-    def __init__(self, llm: llama_cpp.Llama, *, threshold: float, keep: int, tail: int, min_prune: int) -> None:
+    def __init__(
+        self, llm: llama_cpp.Llama, pressure_file: Path, *, threshold: float, keep: int, tail: int, min_prune: int
+    ) -> None:
         self.llm = llm
+        self.pressure_file = pressure_file
         self.threshold = threshold
         self.keep, self.tail, self.min_prune = keep, tail, min_prune
         self.prunes = 0
 
     def look(self) -> int:
         """Drop tokens if the average is over the threshold; how many were dropped."""
-        avg10 = parse_pressure(Path("/proc/pressure/memory").read_text()).some.avg10
+        avg10 = parse_pressure(self.pressure_file.read_text()).some.avg10
         llm = self.llm
         spare = llm.n_tokens - self.keep - self.tail
         if avg10 < self.threshold or spare < self.min_prune:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
-from kvpsi.bench.figures import Figure
+from kvpsi.bench.figures import Figure, quantile
 from kvpsi.bench.pressure.plan import Plan, Variant
 from kvpsi.bench.pressure.play import Run, Token
 from kvpsi.bench.pressure.watch import Sample
@@ -85,7 +85,8 @@ def row_of(run: Run) -> Row:
 
 
 def _pressed_samples(run: Run) -> list[Sample]:
-    return [s for s in run.samples if run.pressure_from_s is not None and s.time_s >= run.pressure_from_s]
+    since, until = run.pressure_from_s, run.pressure_until_s
+    return [s for s in run.samples if since is not None and since <= s.time_s and (until is None or s.time_s <= until)]
 
 
 def _share(first: Sample | None, last: Sample | None, stall_s: Callable[[Sample], float]) -> float:
@@ -94,23 +95,14 @@ def _share(first: Sample | None, last: Sample | None, stall_s: Callable[[Sample]
     return (stall_s(last) - stall_s(first)) / (last.time_s - first.time_s)
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of them does not exceed; 0 if there are none."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
 def figures_of(runs: Sequence[Run]) -> list[Figure]:
     """The figures that the runs allow; a variant that was not run has none."""
     rows = [row_of(run) for run in runs]
-    of = {v: [r for r in rows if r.variant == v] for v in ("calm", "fixed", "prune", "kvpsi")}
+    of = {v: [r for r in rows if r.variant == v] for v in get_args(Variant)}
     found: list[Figure] = []
-    for variant in ("fixed", "prune", "kvpsi"):
-        mine = of[variant]
-        if mine:
-            target = 0.0 if variant == "kvpsi" else None
+    for variant, mine in of.items():
+        if mine and variant != "calm":
+            target = 0.0 if variant.startswith("kvpsi") else None
             found.append(Figure(f"{variant}.kills", float(sum(r.kills for r in mine)), "", target, "=="))
     if not of["kvpsi"]:
         return found
@@ -122,24 +114,39 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
             stalled = _median(of[other], "hog_stall")
             ratio = _median(of["kvpsi"], "hog_stall") / stalled if stalled else 0.0
             found.append(Figure(f"hog_stall_to_{other}", ratio, "", 0.20, "<="))
-    return found + _step_figures(runs)
+    found += _step_figures(runs, "kvpsi") + _reading_figures(runs)
+    for variant in get_args(Variant):
+        if variant not in ("calm", "kvpsi"):  # for comparison, without a target
+            found += [replace(f, name=f"{variant}.{f.name}", target=None) for f in _step_figures(runs, variant)]
+    return found
 
 
-def _step_figures(runs: Sequence[Run]) -> list[Figure]:
+def _step_figures(runs: Sequence[Run], variant: Variant) -> list[Figure]:
     """Times per token under pressure to those without a neighbour, all rounds together."""
     calm = [t.seconds for run in runs if run.variant == "calm" for t in run.pressed]
-    governed = [t for run in runs if run.variant == "kvpsi" for t in run.pressed]
-    if not calm or not governed:
+    pressed = [t for run in runs if run.variant == variant for t in run.pressed]
+    if not calm or not pressed:
         return []
-    steps = [t.seconds for t in governed if not t.gave]
-    worst_s = max(t.seconds for t in governed)
+    steps = [t.seconds for t in pressed if not t.gave]
+    worst_s = max(t.seconds for t in pressed)
     allowed_s = _ALLOWED_STEP_S + quantile(calm, 0.5)
     return [
         Figure("p50_to_calm", quantile(steps, 0.5) / quantile(calm, 0.5), "", 1.03, "<="),
         Figure("p99_to_calm", quantile(steps, 0.99) / quantile(calm, 0.99), "", 1.08, "<="),
         Figure("worst_step", 1000 * worst_s, "ms", round(1000 * allowed_s, 1), "<="),
-        Figure("tok_s_to_calm", _speed(governed) / (len(calm) / sum(calm)), "", 0.80, ">="),
+        Figure("tok_s_to_calm", _speed(pressed) / (len(calm) / sum(calm)), "", 0.80, ">="),
     ]
+
+
+def _reading_figures(runs: Sequence[Run]) -> list[Figure]:
+    """How long reading took beside the neighbour, to alone with a cache as small; and how often it was stopped."""
+    both = [(r.reading_pressed, r.reading_alone) for r in runs if r.variant == "kvpsi"]
+    pairs = [(pressed, alone) for pressed, alone in both if pressed and alone]
+    if not pairs:
+        return []
+    ratio = statistics.median(pressed.seconds / alone.seconds for pressed, alone in pairs)
+    stops = sum(pressed.interrupts for pressed, _ in pairs)
+    return [Figure("reading_to_alone", ratio, "", 1.20, "<="), Figure("reading_interrupts", float(stops), "")]
 
 
 def _speed(tokens: Sequence[Token]) -> float:

@@ -1,7 +1,9 @@
 """The process of one model: it reads a prompt, says so, and generates, calm first and then on.
 
 It writes JSON lines to standard output: ``read`` once the prompt is read, ``pressure`` when the neighbour may begin,
-``tokens`` every few tokens, ``done`` at the end. Times are CLOCK_MONOTONIC, which all processes share.
+``tokens`` every few tokens, ``reading_pressed`` when it has read beside the neighbour, ``alone`` when that is to end
+(it then waits for a line on standard input), ``reading_alone`` when it has read as much again, and ``done`` at the end.
+Times are CLOCK_MONOTONIC, which all processes share.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from typing import Any
 
 import llama_cpp
 
+from kvpsi.bench.lines import say
 from kvpsi.bench.pressure.prune import Pruner
+from kvpsi.bench.pressure.weights import Populator
 from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
 from kvpsi.kv import CacheSettings
 
 _TELL_EVERY_TOKENS = 8
+_SETTLE_S = 3.0  # until the governor takes it for calm again
 
 
 class Subject:
@@ -34,10 +39,18 @@ class Subject:
         self.governed: GovernedLlama | None = None
         self.pruner: Pruner | None = None
         keep, tail, min_prune = settings["keep"], settings["tail"], settings["min_prune"]
-        if variant in ("kvpsi", "calm"):
-            self.governed = govern(llm, cache_settings=CacheSettings(keep, tail, min_prune))
+        if variant == "calm" or variant.startswith("kvpsi"):
+            instrument = Populator(Path(settings["model"])) if variant == "kvpsi-populated" else None
+            self.governed = govern(llm, cache_settings=CacheSettings(keep, tail, min_prune), instrument=instrument)
         elif variant == "prune":
-            self.pruner = Pruner(llm, threshold=settings["prune_threshold"], keep=keep, tail=tail, min_prune=min_prune)
+            self.pruner = Pruner(
+                llm,
+                Path(settings["pressure_file"]),
+                threshold=settings["prune_threshold"],
+                keep=keep,
+                tail=tail,
+                min_prune=min_prune,
+            )
 
     def kv_cells(self) -> int:
         """Cells whose memory is committed."""
@@ -67,10 +80,17 @@ class Subject:
         if told:
             tell(told)
 
+    def read(self, count: int) -> dict[str, float]:
+        """Read a prompt; how long it took in seconds, and how often it had to be stopped for room."""
+        assert self.governed is not None
+        interrupts, began = self.governed.cache.interrupts, time.monotonic()
+        self.llm.eval(text_tokens(self.llm, count))
+        return {"seconds": time.monotonic() - began, "interrupts": self.governed.cache.interrupts - interrupts}
 
-def say(what: str, value: object) -> None:
-    """One line for the parent."""
-    print(json.dumps({what: value}), flush=True)
+    def keep_as_small(self) -> None:
+        """Let the cache hold no more cells than now, though there is room."""
+        assert self.governed is not None
+        self.governed.cache.cap_cells = self.governed.cache.used_cells
 
 
 def main(variant: str, argument: str) -> None:
@@ -79,7 +99,8 @@ def main(variant: str, argument: str) -> None:
 
     settings = json.loads(argument)
     show_errors_only()
-    load = LoadSettings(n_ctx=settings["n_ctx"], n_threads=settings["n_threads"])
+    locked = variant == "kvpsi-locked"
+    load = LoadSettings(n_ctx=settings["n_ctx"], n_threads=settings["n_threads"], lock_weights=locked)
     with contextlib.closing(open_llama(Path(settings["model"]), load.n_ctx, load)) as llm:
         subject = Subject(llm, variant, settings)
         with subject.governed or contextlib.nullcontext():
@@ -91,6 +112,13 @@ def main(variant: str, argument: str) -> None:
             say("pressure", time.monotonic())
             limit = time.monotonic() + settings["limit_s"]
             subject.generate(settings["n_predict"], limit, lambda told: say("tokens", told))
+            if settings["read_tokens"] and subject.governed and variant != "calm":
+                say("reading_pressed", subject.read(settings["read_tokens"]))
+                subject.keep_as_small()
+                say("alone", time.monotonic())
+                sys.stdin.readline()
+                time.sleep(_SETTLE_S)
+                say("reading_alone", subject.read(settings["read_tokens"]))
             usage = resource.getrusage(resource.RUSAGE_SELF)
             summary = subject.governed.summary() if subject.governed else None
             say(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kvpsi.bench.oom.play import Conversation
-from kvpsi.bench.pressure.play import forget_cached_pages
+from kvpsi.bench.conversation import Conversation, forget_cached_pages
+from kvpsi.bench.lines import said
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.hog import Hog, HogSettings
 
@@ -68,7 +67,8 @@ def play(
         forget_cached_pages(file)
     with open_board(BoardSettings(memory_bytes, "zram")) as board:
         argument = conversation.as_argument(model)
-        command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, argument]
+        averages = str(board.pressure_file())
+        command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, argument, averages]
         process = board.start(command, group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
@@ -96,8 +96,9 @@ def _listen(process: subprocess.Popen[str], gave: list[tuple[float, int]]) -> No
     assert process.stdout is not None
     with process.stdout as lines:
         for line in lines:
-            if line.endswith("\n") and "gave" in (said := json.loads(line)):
-                gave.append((said["gave"][0], said["gave"][1]))
+            what, value = said(line)
+            if what == "gave":
+                gave.append((value[0], value[1]))
 
 
 def _watch(board: Board, began: float, for_s: float) -> tuple[float | None, float | None]:

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from kvpsi.bench.figures import Figure
-from kvpsi.bench.oom.fill import save
-from kvpsi.bench.oom.play import Conversation
-from kvpsi.bench.pressure.report import quantile
+from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.figures import Figure, quantile
 from kvpsi.bench.react.play import Burst, Doing, Reactor, play
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
@@ -54,7 +52,7 @@ def run(plan: Plan, report: Report) -> dict[str, Any]:
         try:
             report(f"reading a conversation of {plan.n_tokens} tokens")
             talk = Conversation(plan.n_ctx, plan.n_tokens, Path(folder) / "full.state")
-            save(plan.model, plan.n_tokens, talk.state)
+            save(plan.model, talk)
             for number in range(plan.bursts):
                 kinds = [(r, d) for r in get_args(Reactor) for d in get_args(Doing)]
                 for reactor, doing in kinds[::-1] if number % 2 else kinds:

@@ -6,7 +6,6 @@ It writes JSON lines: ``ready``, and each time that memory goes back ``gave``: [
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
@@ -15,8 +14,8 @@ from typing import Any
 
 import llama_cpp
 
-from kvpsi.bench.oom.fill import load
-from kvpsi.bench.oom.subject import wait_for_end
+from kvpsi.bench.conversation import Told, load
+from kvpsi.bench.lines import say, until_closed
 from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
@@ -37,14 +36,14 @@ class Teller(Instrument):
     def event(self, name: str, value: Any) -> None:
         """A trim that returned something."""
         if name == "trim" and value.release.returned_bytes:
-            print(json.dumps({"gave": [time.monotonic(), value.release.returned_bytes]}), flush=True)
+            say("gave", [time.monotonic(), value.release.returned_bytes])
 
 
-def follow_avg10(governed: GovernedLlama, ended: threading.Event) -> None:
-    """Ten times a second: while the system's avg10 is over the threshold, a fifth of the cache goes."""
+def follow_avg10(governed: GovernedLlama, pressure_file: Path, ended: threading.Event) -> None:
+    """Ten times a second: while the board's avg10 is over the threshold, a fifth of the cache goes."""
     cache = governed.cache
     while not ended.wait(_POLL_S):
-        avg10 = parse_pressure(Path("/proc/pressure/memory").read_text()).some.avg10
+        avg10 = parse_pressure(pressure_file.read_text()).some.avg10
         if avg10 >= _AVG10_THRESHOLD:
             cache.cap_cells = max(cache.floor_cells, int((1 - _STEP) * cache.used_cells))
             if cache.give_now() is None:
@@ -61,24 +60,23 @@ def _work(llm: llama_cpp.Llama, doing: str, ended: threading.Event) -> None:
             llm.eval(prompt if doing == "reading" else [llm.sample(temp=0.0)])
 
 
-def main(reactor: str, doing: str, argument: str) -> None:
-    """Work; ``argument`` is a JSON object, see `kvpsi.bench.react.play`."""
-    settings = json.loads(argument)
+def main(reactor: str, doing: str, argument: str, pressure_file: str) -> None:
+    """Work; ``argument`` is what `Conversation.as_argument` gave, ``pressure_file`` where the board's stall is told."""
+    told = Told.of(argument)
     show_errors_only()
-    options = LoadSettings(n_ctx=settings["n_ctx"], n_threads=1)
+    options = LoadSettings(n_ctx=told.conversation.n_ctx, n_threads=1)
     source = None if reactor == "kvpsi" else ScriptedSource([make_reading()])  # always calm
     with (
-        contextlib.closing(open_llama(Path(settings["model"]), options.n_ctx, options)) as llm,
+        contextlib.closing(open_llama(told.model, options.n_ctx, options)) as llm,
         govern(llm, source=source, instrument=Teller()) as governed,
     ):
-        load(llm, governed, settings["n_tokens"], Path(settings["state"]))
-        ended = threading.Event()
-        threading.Thread(target=wait_for_end, args=(ended,), daemon=True).start()
+        load(llm, governed, told.conversation)
+        ended = until_closed()
         if reactor == "avg10":
-            threading.Thread(target=follow_avg10, args=(governed, ended), daemon=True).start()
-        print(json.dumps({"ready": True}), flush=True)
+            threading.Thread(target=follow_avg10, args=(governed, Path(pressure_file), ended), daemon=True).start()
+        say("ready", True)
         _work(llm, doing, ended)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:5])

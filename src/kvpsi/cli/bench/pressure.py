@@ -22,6 +22,7 @@ def pressure(
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Context in tokens.")] = 16384,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Read before anything is measured.")] = 6000,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens calm, and as many under pressure.")] = 400,
+    read_tokens: Annotated[int, typer.Option("--read-tokens", help="Read beside the neighbour, then alone.")] = 1024,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Threads of the model.")] = 1,
     keep: Annotated[int, typer.Option("--keep", help="First tokens that are never forgotten.")] = 16,
     tail: Annotated[int, typer.Option("--tail", help="Last tokens that are never forgotten.")] = 256,
@@ -51,7 +52,7 @@ def pressure(
     from kvpsi.hog import HogSettings
 
     board = BoardSettings(parse_bytes(memory), cast("SwapKind", swap))
-    hog = HogSettings(hog_mib * _MIB, step_mib * _MIB, warmup_s, rate_mib_s * _MIB, hold_s=limit_s + 60)
+    hog = HogSettings(hog_mib * _MIB, step_mib * _MIB, warmup_s, rate_mib_s * _MIB, hold_s=limit_s + 180)
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     plan = Plan(
@@ -61,6 +62,7 @@ def pressure(
         n_ctx=ctx,
         prompt_tokens=prompt_tokens,
         n_predict=n_predict,
+        read_tokens=read_tokens,
         keep=keep,
         tail=tail,
         min_prune=min_prune,
