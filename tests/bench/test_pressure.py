@@ -44,7 +44,7 @@ def made_up(variant: Any, step_ms: float, *, rss_mib: int, stall: float = 0.0, w
         sample(11, rss_mib=rss_mib - 40, hog_stall_s=10 * stall),
     ]
     hog = None if variant == "calm" else HogReport(True, None, 10, 100 * MIB, 0.001, 10 * stall)
-    return Run(variant, 0, [], tokens, samples, 1.0, 1.0, {"prunes": 3, "major_faults": 7}, hog)
+    return Run(variant, 0, [], tokens, samples, 1.0, {"prunes": 3, "major_faults": 7}, hog)
 
 
 def test_figures_are_ratios_to_the_other_variants() -> None:
@@ -115,7 +115,7 @@ def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 SMALL = ["--prompt-tokens", "64", "-n", "24", "-c", "2048", "--rounds", "1", "--variant-cooldown-s", "0"]
-SMALL += ["--read-tokens", "128"]
+SMALL += ["--read-tokens", "128", "--calm-tokens", "24"]
 BENCH = [sys.executable, "-m", "kvpsi", "bench", "pressure", *SMALL]
 
 
@@ -141,7 +141,7 @@ def test_ctrl_c_ends_it_with_what_there_is_and_leaves_nothing(
     board_places: BoardPlaces, default_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [*BENCH, "-m", str(default_model), "--swap", "none", "--out-dir", str(out), "--json", "-n", "400"]
+    command = [*BENCH, "-m", str(default_model), "--swap", "none", "--out-dir", str(out), "--json", "-n", "300"]
     command += ["--variant-order", "calm,kvpsi", "--pressure-mib", "20"]
     process = popen_heeding_ctrl_c(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -25,8 +25,9 @@ class Plan:
         board: the machine that model and neighbour share.
         hog: the neighbour; it stays until the model is done.
         n_ctx: context in tokens.
-        prompt_tokens: read before anything is measured.
-        n_predict: tokens generated while calm, and as many under pressure.
+        prompt_tokens: what the model holds at first; read once, saved, and loaded by every run.
+        calm_tokens: generated before the neighbour begins.
+        n_predict: generated beside it.
         read_tokens: read by a governed model after that, first beside the neighbour, then, with a cache that is kept as
             small, alone; 0: nothing.
         keep, tail, min_prune: as for `kvpsi generate`.
@@ -43,7 +44,8 @@ class Plan:
     hog: HogSettings = field(default_factory=HogSettings)
     n_ctx: int = 16384
     prompt_tokens: int = 6000
-    n_predict: int = 400
+    calm_tokens: int = 50
+    n_predict: int = 200
     read_tokens: int = 1024
     keep: int = 16
     tail: int = 256
@@ -61,12 +63,13 @@ class Plan:
             raise UsageError(f"The variants are {known}, not {','.join(self.variants)}.")
         if len(set(self.variants)) < len(self.variants):
             raise UsageError(f"Name each variant once: {known}.")
-        if self.prompt_tokens + 2 * (self.n_predict + self.read_tokens) > self.n_ctx:
+        needed = self.prompt_tokens + self.calm_tokens + self.n_predict + 2 * self.read_tokens
+        if needed > self.n_ctx:
             raise UsageError(
-                f"{self.prompt_tokens} tokens of prompt, twice {self.n_predict} generated ones and twice "
-                f"{self.read_tokens} read ones do not fit into a context of {self.n_ctx}; raise -c or lower -n."
+                f"{self.prompt_tokens} tokens of prompt, {self.calm_tokens} and {self.n_predict} generated ones and "
+                f"twice {self.read_tokens} read ones do not fit into a context of {self.n_ctx}; raise -c or lower -n."
             )
-        if min(self.prompt_tokens, self.n_predict, self.rounds) < 1 or (
+        if min(self.prompt_tokens, self.calm_tokens, self.n_predict, self.rounds) < 1 or (
             min(self.cooldown_s, self.limit_s, self.read_tokens) < 0
         ):
             raise UsageError("Tokens and rounds are at least 1, times not negative.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpsi.bench.conversation import forget_cached_pages
+from kvpsi.bench.conversation import Conversation, forget_cached_pages
 from kvpsi.bench.lines import said
 from kvpsi.bench.pressure.plan import Plan, Variant
 from kvpsi.bench.pressure.watch import Sample, Watch
@@ -45,7 +45,6 @@ class Run:
     calm: list[Token] = field(default_factory=list)
     pressed: list[Token] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    read_s: float = 0.0
     pressure_from_s: float | None = None
     done: dict[str, Any] | None = None
     hog: HogReport | None = None
@@ -66,17 +65,21 @@ class Run:
         return self.hog is not None and self.hog.killed_by is not None
 
 
-def play(plan: Plan, variant: Variant, round_number: int) -> Run:
+def play(plan: Plan, conversation: Conversation, variant: Variant, round_number: int) -> Run:
     """Run it; a model or neighbour that is killed is a result.
 
     Raises:
         EnvironmentProblem: no board can be made here.
     """
     run = Run(variant, round_number)
-    forget_cached_pages(plan.model)
+    for file in (plan.model, conversation.state):
+        forget_cached_pages(file)
     with open_board(plan.board) as board:
         model = board.start(
-            _command(plan, variant, board.pressure_file()), group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            _command(plan, conversation, variant, board.pressure_file()),
+            group="model",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         watch = Watch(board, model.pid)
         watch.start()
@@ -87,9 +90,7 @@ def play(plan: Plan, variant: Variant, round_number: int) -> Run:
         with model.stdin as answers, model.stdout as lines:
             for line in lines:
                 what, value = said(line)
-                if what == "read":
-                    run.read_s = value
-                elif what == "calm":
+                if what == "calm":
                     run.calm += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
                 elif what == "tokens":
                     run.pressed += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
@@ -122,12 +123,10 @@ def play(plan: Plan, variant: Variant, round_number: int) -> Run:
     return run
 
 
-def _command(plan: Plan, variant: Variant, pressure_file: Path) -> list[str]:
+def _command(plan: Plan, conversation: Conversation, variant: Variant, pressure_file: Path) -> list[str]:
     settings = {
-        "model": str(plan.model),
-        "n_ctx": plan.n_ctx,
         "n_threads": plan.n_threads,
-        "prompt_tokens": plan.prompt_tokens,
+        "calm_tokens": plan.calm_tokens,
         "n_predict": plan.n_predict,
         "read_tokens": plan.read_tokens,
         "keep": plan.keep,
@@ -137,7 +136,8 @@ def _command(plan: Plan, variant: Variant, pressure_file: Path) -> list[str]:
         "pressure_file": str(pressure_file),
         "limit_s": plan.limit_s,
     }
-    return [sys.executable, "-m", "kvpsi.bench.pressure.subject", variant, json.dumps(settings)]
+    told = conversation.as_argument(plan.model)
+    return [sys.executable, "-m", "kvpsi.bench.pressure.subject", variant, told, json.dumps(settings)]
 
 
 def _start_hog(plan: Plan, board: Board, watch: Watch) -> Hog:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvpsi.bench.conversation import Conversation, save
 from kvpsi.bench.pressure.plan import Plan
 from kvpsi.bench.pressure.play import Run, play
 from kvpsi.bench.pressure.plots import plot
@@ -23,16 +25,20 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     runs: list[Run] = []
     problems: list[str] = []
     interrupted = False
-    try:
-        for number in range(plan.rounds):
-            for variant in plan.order(number):
-                if runs:
-                    time.sleep(plan.cooldown_s)
-                report(f"round {number + 1} of {plan.rounds}: {variant}")
-                runs.append(play(plan, variant, number))
-                _write(out_dir, plan, runs, interrupted=True, problems=problems)
-    except KeyboardInterrupt:
-        interrupted = True
+    with tempfile.TemporaryDirectory(prefix="kvpsi-pressure-") as folder:
+        try:
+            report(f"reading a conversation of {plan.prompt_tokens} tokens")
+            talk = Conversation(plan.n_ctx, plan.prompt_tokens, Path(folder) / "prompt.state")
+            save(plan.model, talk)
+            for number in range(plan.rounds):
+                for variant in plan.order(number):
+                    if runs:
+                        time.sleep(plan.cooldown_s)
+                    report(f"round {number + 1} of {plan.rounds}: {variant}")
+                    runs.append(play(plan, talk, variant, number))
+                    _write(out_dir, plan, runs, interrupted=True, problems=problems)
+        except KeyboardInterrupt:
+            interrupted = True
     raw = _write(out_dir, plan, runs, interrupted=interrupted, problems=problems)
     try:
         raw += plot(out_dir, plan, runs)

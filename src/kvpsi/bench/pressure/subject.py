@@ -1,7 +1,7 @@
-"""The process of one model: it reads a prompt, says so, and generates, calm first and then on.
+"""The process of one model: it loads its conversation and generates, calm first and then on.
 
-It writes JSON lines to standard output: ``read`` once the prompt is read, ``pressure`` when the neighbour may begin,
-``tokens`` every few tokens, ``reading_pressed`` when it has read beside the neighbour, ``alone`` when that is to end
+It writes JSON lines to standard output: ``calm`` and, beside the neighbour, ``tokens`` every few tokens, ``pressure``
+when the neighbour may begin, ``reading_pressed`` when it has read beside the neighbour, ``alone`` when that is to end
 (it then waits for a line on standard input), ``reading_alone`` when it has read as much again, and ``done`` at the end.
 Times are CLOCK_MONOTONIC, which all processes share.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import llama_cpp
 
+from kvpsi.bench.conversation import Told, load
 from kvpsi.bench.lines import say
 from kvpsi.bench.pressure.prune import Pruner
 from kvpsi.bench.pressure.weights import Populator
@@ -33,14 +34,14 @@ _SETTLE_S = 3.0  # until the governor takes it for calm again
 class Subject:
     """One model in one variant."""
 
-    def __init__(self, llm: llama_cpp.Llama, variant: str, settings: dict[str, Any]) -> None:
+    def __init__(self, llm: llama_cpp.Llama, model: Path, variant: str, settings: dict[str, Any]) -> None:
         self.llm = llm
         self.cell_bytes = 0
         self.governed: GovernedLlama | None = None
         self.pruner: Pruner | None = None
         keep, tail, min_prune = settings["keep"], settings["tail"], settings["min_prune"]
         if variant == "calm" or variant.startswith("kvpsi"):
-            instrument = Populator(Path(settings["model"])) if variant == "kvpsi-populated" else None
+            instrument = Populator(model) if variant == "kvpsi-populated" else None
             self.governed = govern(llm, cache_settings=CacheSettings(keep, tail, min_prune), instrument=instrument)
         elif variant == "prune":
             self.pruner = Pruner(
@@ -93,25 +94,29 @@ class Subject:
         self.governed.cache.cap_cells = self.governed.cache.used_cells
 
 
-def main(variant: str, argument: str) -> None:
-    """Play one variant; ``argument`` is a JSON object, see `kvpsi.bench.pressure.play`."""
+def main(variant: str, argument: str, more: str) -> None:
+    """Play one variant.
+
+    Args:
+        variant: one of `kvpsi.bench.pressure.plan.Variant`.
+        argument: what `Conversation.as_argument` gave.
+        more: a JSON object, see `kvpsi.bench.pressure.play`.
+    """
     import resource  # on Unix only, as are boards
 
-    settings = json.loads(argument)
+    told, settings = Told.of(argument), json.loads(more)
     show_errors_only()
     locked = variant == "kvpsi-locked"
-    load = LoadSettings(n_ctx=settings["n_ctx"], n_threads=settings["n_threads"], lock_weights=locked)
-    with contextlib.closing(open_llama(Path(settings["model"]), load.n_ctx, load)) as llm:
-        subject = Subject(llm, variant, settings)
+    options = LoadSettings(told.conversation.n_ctx, settings["n_threads"], lock_weights=locked)
+    with contextlib.closing(open_llama(told.model, options.n_ctx, options)) as llm:
+        subject = Subject(llm, told.model, variant, settings)
         with subject.governed or contextlib.nullcontext():
-            began = time.monotonic()
-            llm.eval(text_tokens(llm, settings["prompt_tokens"]))
-            say("read", time.monotonic() - began)
+            load(llm, subject.governed, told.conversation)
             forever = time.monotonic() + 3600
-            subject.generate(settings["n_predict"], forever, lambda told: say("calm", told))
+            subject.generate(settings["calm_tokens"], forever, lambda tokens: say("calm", tokens))
             say("pressure", time.monotonic())
             limit = time.monotonic() + settings["limit_s"]
-            subject.generate(settings["n_predict"], limit, lambda told: say("tokens", told))
+            subject.generate(settings["n_predict"], limit, lambda tokens: say("tokens", tokens))
             if settings["read_tokens"] and subject.governed and variant != "calm":
                 say("reading_pressed", subject.read(settings["read_tokens"]))
                 subject.keep_as_small()
@@ -135,4 +140,4 @@ def main(variant: str, argument: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])
