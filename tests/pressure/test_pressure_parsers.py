@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from kvpsi.pressure.cgroup import (
     parts_below,
 )
 from kvpsi.pressure.psi import StallMeter, parse_pressure, worst_stall
-from kvpsi.pressure.system import parse_meminfo, parse_vmstat
+from kvpsi.pressure.system import parse_meminfo, parse_vmstat, system_available_bytes
 
 PRESSURE = "some avg10=1.50 avg60=0.20 avg300=0.00 total=123\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=45\n"
 
@@ -171,14 +172,47 @@ def test_memory_stat_of_both_versions() -> None:
         parse_memory_stat("inactive_file 5", 2)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_locked_weights_are_not_taken_off_the_other_files(version: Literal[1, 2]) -> None:
+    total, cache, mapped = (
+        ("total_", "total_cache", "total_mapped_file") if version == 1 else ("", "file", "file_mapped")
+    )
+
+    def stat(listed: int, unevictable: int) -> MemoryStat:
+        text = f"{cache} 150\n{total}shmem 20\n{total}inactive_file {listed}\n{total}active_file 0\n{mapped} 110\n"
+        return parse_memory_stat(text + f"{total}unevictable {unevictable}\n", version)
+
+    assert reclaimable_bytes(stat(130, 0), 90) == 40, "weights of 90 that may go"
+    assert reclaimable_bytes(stat(40, 90), 90) == 40, "the same, locked"
+    assert stat(130, 90).locked_file_bytes == 0, "what is locked is no file"
+
+
+def test_locked_weights_are_not_taken_off_what_the_system_has() -> None:
+    usual = "Buffers: 10 kB\nCached: 140 kB\nSwapCached: 0 kB\n"
+    usual += "Active(file): {} kB\nInactive(file): 0 kB\nUnevictable: {} kB\n"
+    for first, rest in (("MemAvailable: {} kB\n", ""), ("", "MemAvailable: {} kB\n")):  # read both ways
+
+        def available_kb(available: int, active: int, unevictable: int, first: str = first, rest: str = rest) -> int:
+            text = "MemTotal:  1000 kB\nMemFree: 10 kB\n" + first.format(available) + usual.format(active, unevictable)
+            text += "SwapTotal: 0 kB\nSwapFree: 0 kB\nDirty: 0 kB\nMapped: 100 kB\nShmem: 10 kB\n" + rest.format(
+                available
+            )
+            return system_available_bytes(parse_meminfo(text), 80 << 10) >> 10
+
+        assert available_kb(150, 140, 0) == 60
+        assert available_kb(60, 50, 90) == 60
+        assert available_kb(150, 140, 50) == 60, "what is locked is no file"
+
+
 sizes = st.integers(0, 1 << 45)
 
 
-@given(file=sizes, slab=sizes, mapped=sizes, shmem=sizes, dirty=sizes, writeback=sizes, working_set=sizes)
+@given(file=sizes, locked=sizes, slab=sizes, mapped=sizes, shmem=sizes, dirty=sizes, writeback=sizes, needed=sizes)
 def test_reclaimable_is_bounded_and_never_grows_with_the_working_set(
-    file: int, slab: int, mapped: int, shmem: int, dirty: int, writeback: int, working_set: int
+    file: int, locked: int, slab: int, mapped: int, shmem: int, dirty: int, writeback: int, needed: int
 ) -> None:
-    stat = MemoryStat(file, slab, mapped, shmem, dirty, writeback, None, None)
+    working_set = needed
+    stat = MemoryStat(file, locked, slab, mapped, shmem, dirty, writeback, None, None)
     without, declared = reclaimable_bytes(stat, 0), reclaimable_bytes(stat, working_set)
     assert 0 <= without <= file + slab
     assert -working_set <= declared <= without

@@ -13,7 +13,7 @@ from kvpsi.pressure.cgroup import CgroupVersion
 from kvpsi.pressure.files import HotFile
 from kvpsi.pressure.locate import CgroupDirectory
 from kvpsi.pressure.reading import Swap
-from kvpsi.pressure.system import refault_count
+from kvpsi.pressure.system import locked_file_bytes, refault_count
 
 # Version 1 prints "no limit" as the largest multiple of the page size that fits a signed 64-bit number.
 _NO_LIMIT_BYTES = 1 << 62
@@ -28,8 +28,10 @@ _REFAULT_KEYS = ("workingset_refault", "workingset_refault_file", "workingset_re
 _STAT_KEYS_V2 = frozenset(
     (
         *_REFAULT_KEYS,
+        "file",
         "inactive_file",
         "active_file",
+        "unevictable",
         "slab_reclaimable",
         "file_mapped",
         "shmem",
@@ -40,8 +42,10 @@ _STAT_KEYS_V2 = frozenset(
 _STAT_KEYS_V1 = frozenset(
     (
         *(f"total_{key}" for key in _REFAULT_KEYS),
+        "total_cache",
         "total_inactive_file",
         "total_active_file",
+        "total_unevictable",
         "total_mapped_file",
         "total_shmem",
         "total_dirty",
@@ -64,9 +68,13 @@ def parse_limit(text: str) -> int | None:
 
 
 class MemoryStat(NamedTuple):
-    """What both versions of memory.stat say, under one set of names."""
+    """What both versions of memory.stat say, under one set of names.
+
+    ``file_bytes`` are on the lists of what may go, ``locked_file_bytes`` are not.
+    """
 
     file_bytes: int
+    locked_file_bytes: int
     slab_reclaimable_bytes: int
     mapped_bytes: int
     shmem_bytes: int
@@ -82,21 +90,27 @@ def parse_memory_stat(text: str, version: CgroupVersion) -> MemoryStat:
     Raises MalformedTextError when a figure is missing without which the cache cannot be judged.
     """
     found = parse_flat_keyed(text, _STAT_KEYS_V2 if version == 2 else _STAT_KEYS_V1)
-    total, mapped, dirty, writeback = (
-        ("", "file_mapped", "file_dirty", "file_writeback")
+    total, cache, mapped, dirty, writeback = (
+        ("", "file", "file_mapped", "file_dirty", "file_writeback")
         if version == 2
-        else ("total_", "total_mapped_file", "total_dirty", "total_writeback")
+        else ("total_", "total_cache", "total_mapped_file", "total_dirty", "total_writeback")
     )
     for key in (total + "inactive_file", total + "active_file", mapped):
         if key not in found:
             raise MalformedTextError(f"no {key} line")
     limit_bytes = found.get("hierarchical_memory_limit", _NO_LIMIT_BYTES)
+    file_bytes, shmem_bytes = (
+        found[total + "inactive_file"] + found[total + "active_file"],
+        found.get(total + "shmem", 0),
+    )
+    cached_bytes = found.get(cache, 0) - shmem_bytes
     return MemoryStat(
-        file_bytes=found[total + "inactive_file"] + found[total + "active_file"],
+        file_bytes=file_bytes,
+        locked_file_bytes=locked_file_bytes(cached_bytes, file_bytes, found.get(total + "unevictable", 0)),
         # Version 1 charges slab without saying how much of it is reclaimable.
         slab_reclaimable_bytes=found.get("slab_reclaimable", 0),
         mapped_bytes=found[mapped],
-        shmem_bytes=found.get(total + "shmem", 0),
+        shmem_bytes=shmem_bytes,
         dirty_bytes=found.get(dirty, 0),
         writeback_bytes=found.get(writeback, 0),
         refaults=refault_count(found, total),
@@ -108,10 +122,11 @@ def reclaimable_bytes(stat: MemoryStat, working_set_file_bytes: int) -> int:
     """Cache that can go without being missed; negative if the weights were evicted and must come back.
 
     ``files + reclaimable slab - max(mapped files, working set) - dirty - under writeback``, not below
-    ``-working_set_file_bytes``. Mapped shared memory is not on the file lists, so it is not taken off them.
+    ``-working_set_file_bytes``. Mapped shared memory and locked files (locked weights) are not on the file lists, so
+    they are not taken off them.
     """
     mapped_file_bytes = max(0, stat.mapped_bytes - stat.shmem_bytes)
-    needed_bytes = max(mapped_file_bytes, working_set_file_bytes)
+    needed_bytes = max(0, max(mapped_file_bytes, working_set_file_bytes) - stat.locked_file_bytes)
     unclean_bytes = stat.dirty_bytes + stat.writeback_bytes
     cache_bytes = stat.file_bytes + stat.slab_reclaimable_bytes
     return max(-working_set_file_bytes, cache_bytes - needed_bytes - unclean_bytes)

@@ -17,18 +17,23 @@ _MEMINFO_KEYS = frozenset(
         "MemTotal",
         "MemFree",
         "MemAvailable",
+        "Buffers",
+        "Cached",
+        "Active(file)",
+        "Inactive(file)",
+        "Unevictable",
         "Mapped",
         "Shmem",
         "SwapTotal",
         "SwapFree",
     ]
 )
-# What MemAvailable is estimated from where the kernel does not tell it.
-_OLD_MEMINFO_KEYS = frozenset(["Buffers", "Cached", "SReclaimable"])
 _KB = r" +([0-9]{1,15}) kB\n"
-# The layout since Linux 3.14, for one search in place of seven; what is different is read line by line.
+# The layout since Linux 3.14, for one search in place of twelve; what is different is read line by line.
 _USUAL_MEMINFO = re.compile(
-    rf"MemTotal:{_KB}MemFree:{_KB}MemAvailable:{_KB}.*?\nSwapTotal:{_KB}SwapFree:{_KB}.*?\nMapped:{_KB}Shmem:{_KB}",
+    rf"MemTotal:{_KB}MemFree:{_KB}MemAvailable:{_KB}Buffers:{_KB}Cached:{_KB}.*?"
+    rf"\nActive\(file\):{_KB}Inactive\(file\):{_KB}Unevictable:{_KB}.*?\nSwapTotal:{_KB}SwapFree:{_KB}.*?"
+    rf"\nMapped:{_KB}Shmem:{_KB}",
     re.DOTALL,
 )
 _VMSTAT_KEYS = frozenset(
@@ -39,7 +44,8 @@ _VMSTAT_KEYS = frozenset(
 class Meminfo(NamedTuple):
     """The lines of /proc/meminfo that count here, in bytes.
 
-    ``available_bytes`` is None before Linux 3.14; buffers, cache and slab are looked for only then.
+    ``available_bytes`` is None before Linux 3.14; the slab is looked for only then. ``unevictable_bytes`` is all that
+    cannot go, files or not.
     """
 
     total_bytes: int
@@ -47,6 +53,9 @@ class Meminfo(NamedTuple):
     available_bytes: int | None
     buffers_bytes: int = 0
     cached_bytes: int = 0
+    active_file_bytes: int = 0
+    inactive_file_bytes: int = 0
+    unevictable_bytes: int = 0
     mapped_bytes: int = 0
     shmem_bytes: int = 0
     slab_reclaimable_bytes: int = 0
@@ -64,7 +73,7 @@ def parse_meminfo(text: str) -> Meminfo:
         return _usual_meminfo(usual)
     found = _sizes(text, _MEMINFO_KEYS)
     if "MemAvailable" not in found:
-        found |= _sizes(text, _OLD_MEMINFO_KEYS)
+        found |= _sizes(text, ["SReclaimable"])  # one more of what MemAvailable is estimated from
     for key in ("MemTotal", "MemFree"):
         if key not in found:
             raise MalformedTextError(f"no {key} line")
@@ -76,6 +85,9 @@ def parse_meminfo(text: str) -> Meminfo:
         available_bytes=found.get("MemAvailable"),
         buffers_bytes=found.get("Buffers", 0),
         cached_bytes=found.get("Cached", 0),
+        active_file_bytes=found.get("Active(file)", 0),
+        inactive_file_bytes=found.get("Inactive(file)", 0),
+        unevictable_bytes=found.get("Unevictable", 0),
         mapped_bytes=found.get("Mapped", 0),
         shmem_bytes=found.get("Shmem", 0),
         slab_reclaimable_bytes=found.get("SReclaimable", 0),
@@ -85,12 +97,12 @@ def parse_meminfo(text: str) -> Meminfo:
 
 
 def _usual_meminfo(match: re.Match[str]) -> Meminfo:
-    total, free, available, swap_total, swap_free, mapped, shmem = map(int, match.groups())
+    sizes = [int(kb) << 10 for kb in match.groups()]
+    total, free, available, buffers, cached, active, inactive, unevictable, swap_total, swap_free, mapped, shmem = sizes
     if total == 0:
         raise MalformedTextError("MemTotal is zero")
-    return Meminfo(
-        total << 10, free << 10, available << 10, 0, 0, mapped << 10, shmem << 10, 0, swap_total << 10, swap_free << 10
-    )
+    files = (buffers, cached, active, inactive, unevictable, mapped)
+    return Meminfo(total, free, available, *files, shmem, 0, swap_total, swap_free)
 
 
 def _sizes(text: str, wanted: Collection[str]) -> dict[str, int]:
@@ -107,7 +119,7 @@ def system_available_bytes(memory: Meminfo, working_set_file_bytes: int) -> int:
     """MemAvailable less the mapped files that are needed again, present or not; may be negative.
 
     MemAvailable counts mapped files as free for the taking, and the weights are mapped files. Mapped counts
-    shared memory too, which MemAvailable already leaves out. Before Linux 3.14 the estimate is
+    shared memory and locked files too, which MemAvailable already leaves out. Before Linux 3.14 the estimate is
     ``MemFree + Cached + Buffers + SReclaimable - Shmem``.
     """
     available_bytes = memory.available_bytes
@@ -115,7 +127,21 @@ def system_available_bytes(memory: Meminfo, working_set_file_bytes: int) -> int:
         cache_bytes = memory.cached_bytes + memory.buffers_bytes + memory.slab_reclaimable_bytes
         available_bytes = memory.free_bytes + cache_bytes - memory.shmem_bytes
     mapped_file_bytes = max(0, memory.mapped_bytes - memory.shmem_bytes)
-    return available_bytes - max(mapped_file_bytes, working_set_file_bytes)
+    locked_bytes = locked_file_bytes(
+        memory.cached_bytes + memory.buffers_bytes - memory.shmem_bytes,
+        memory.active_file_bytes + memory.inactive_file_bytes,
+        memory.unevictable_bytes,
+    )
+    return available_bytes - max(0, max(mapped_file_bytes, working_set_file_bytes) - locked_bytes)
+
+
+def locked_file_bytes(cached_bytes: int, listed_bytes: int, unevictable_bytes: int) -> int:
+    """How much of the page cache is locked (``mlock``), as llama.cpp's ``use_mlock`` does with the weights.
+
+    Such pages are on no list of files that may go. ``cached_bytes`` is the page cache without shared memory,
+    ``listed_bytes`` what of it is on those lists; other memory can be unevictable as well, so that is only a bound.
+    """
+    return min(unevictable_bytes, max(0, cached_bytes - listed_bytes))
 
 
 @dataclass(frozen=True, slots=True)
