@@ -57,7 +57,8 @@ def test_figures_are_ratios_to_the_other_variants() -> None:
     assert found["peak_rss_saved"].value == pytest.approx(0.5) and found["peak_rss_saved"].met
     assert found["hog_stall_to_fixed"].value == pytest.approx(0.1) and found["hog_stall_to_fixed"].met
     assert found["p50_to_calm"].value == pytest.approx(1.1) and found["p50_to_calm"].met is False
-    assert found["worst_step"].value == pytest.approx(75) and found["worst_step"].met
+    assert found["worst_giving_step"].value == pytest.approx(75) and found["worst_giving_step"].met
+    assert found["worst_step_to_calm"].value == pytest.approx(2.5)
     assert found["tok_s_to_calm"].value == pytest.approx(100 * 30 / (99 * 33 + 75))
     assert found["kvpsi.kills"].met and "hog_stall_to_prune" not in found and "reading_to_alone" not in found
 

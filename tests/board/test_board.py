@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kvpsi.bench.conversation import forget_cached_pages
 from kvpsi.board import Board, BoardPlaces, BoardSettings, find_places, open_board
 from kvpsi.board.cgroups import BoardCgroups
 from kvpsi.board.places import Place
@@ -69,6 +70,17 @@ def test_with_zram_it_stalls_instead_and_the_device_is_gone_afterwards(board_pla
     except EnvironmentProblem as error:
         pytest.skip(f"NO ZRAM HERE: {error}")
     assert swap_devices() == before and not left_behind(board_places, os.getpid())
+
+
+@pytest.mark.pressure
+def test_what_has_to_be_read_again_is_counted(board_places: BoardPlaces, default_model: Path) -> None:
+    with open_board(BoardSettings(64 * MIB)) as board:
+        forget_cached_pages(default_model)
+        for _ in range(3):
+            command = ["cat", str(default_model)]  # larger than the board
+            assert board.start(command, group="reader", stdout=subprocess.DEVNULL).wait() == 0
+        assert board.cgroups.refaults() >= board.cgroups.refaults("reader") > 1000
+    assert not left_behind(board_places, os.getpid())
 
 
 @pytest.mark.pressure

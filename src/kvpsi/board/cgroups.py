@@ -102,8 +102,8 @@ class BoardCgroups:
     def refaults(self, group: str = "") -> int:
         """File pages that had to be read again after the kernel dropped them."""
         stat = self.memory / group / "memory.stat"
-        found = [_field(stat, name) for name in ("workingset_refault_file", "workingset_refault", "total_refault_file")]
-        return max(found)
+        total = "" if self.places.memory.version == 2 else "total_"  # version 2's figures include the groups below
+        return max(_field(stat, total + name) for name in ("workingset_refault_file", "workingset_refault"))
 
 
 def remove_tree(top: Path) -> None:
