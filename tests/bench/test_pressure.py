@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -21,9 +22,11 @@ from kvpsi.bench.pressure.plan import Plan
 from kvpsi.bench.pressure.play import Reading, Run, Token
 from kvpsi.bench.pressure.report import figures_of, markdown, quantile, row_of, write_files
 from kvpsi.bench.pressure.watch import Sample
+from kvpsi.bench.pressure.weights import mapped, populate
 from kvpsi.board import BoardPlaces
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogReport
+from kvpsi.kv.pages import resident_bytes
 from support.boards import left_behind
 from support.interrupts import popen_heeding_ctrl_c
 
@@ -113,6 +116,18 @@ def test_a_quantile_is_one_of_the_values_and_splits_them(values: list[float], sh
 def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(Path("m.gguf"), **wrong)
+
+
+def test_mapped_weights_are_found_and_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"w" * (4 * mmap.PAGESIZE))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as area:
+        (found,) = mapped(file)
+        assert found.n_bytes == 4 * mmap.PAGESIZE
+        populate([found])
+        assert resident_bytes([found])[0] == found.n_bytes
+        assert area[:1] == b"w"
+    assert mapped(file) == []
 
 
 SMALL = ["--prompt-tokens", "64", "-n", "24", "-c", "2048", "--rounds", "1", "--variant-cooldown-s", "0"]
