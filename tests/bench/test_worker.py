@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvpsi.bench.elastic import written_pages
-from kvpsi.bench.worker import worker
+from kvpsi.bench.elastic.run import written_pages
+from kvpsi.bench.elastic.worker import worker
 from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import KvpsiError
 from kvpsi.kv import pages

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 
-from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama
 from kvpsi.engines.loading import LoadSettings, open_llama
 from kvpsi.errors import KvpsiError
@@ -46,6 +46,12 @@ class Told:
         """From `Conversation.as_argument`."""
         said = json.loads(argument)
         return cls(Path(said["model"]), Conversation(said["n_ctx"], said["n_tokens"], Path(said["state"])))
+
+
+def text_tokens(llm: llama_cpp.Llama, count: int) -> list[int]:
+    """Ordinary token ids, the same for every model of one vocabulary."""
+    n_vocab = llm.n_vocab()
+    return [int(t) for t in np.random.default_rng(7).integers(n_vocab // 4, n_vocab // 2, count)]
 
 
 def save(model: Path, conversation: Conversation) -> None:

@@ -15,7 +15,9 @@ from kvpsi.bench.conversation import Conversation, forget_cached_pages
 from kvpsi.bench.lines import said
 from kvpsi.bench.oom.scenarios import Scenario
 from kvpsi.board import Board, BoardSettings, open_board
+from kvpsi.errors import KvpsiError
 from kvpsi.hog import Hog, HogReport
+from kvpsi.units import format_bytes
 
 Variant = Literal["fixed", "kvpsi"]
 _END_S = 60.0
@@ -51,7 +53,11 @@ class _Model:
         return bool(self._process.stdout.readline())
 
     def end(self) -> dict[str, Any] | None:
-        """Have it end, and what it says; None if it was killed."""
+        """Have it end, and what it says; None if it was killed.
+
+        Raises:
+            KvpsiError: it ended by itself, without having done its work.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -63,6 +69,8 @@ class _Model:
             self._process.wait()
         finally:
             timer.cancel()
+        if "done" not in told and self._process.returncode >= 0:
+            raise KvpsiError("A model's process of the bench ended early; its last lines above say why.")
         return told.get("done")
 
 
@@ -73,7 +81,8 @@ def start_models(
     for number in range(count):
         command = [sys.executable, "-m", "kvpsi.bench.oom.subject", variant, conversation.as_argument(model)]
         started = _Model(board.start(command, group=f"model-{number}", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        started.ready()
+        if not started.ready():
+            started.end()  # raises unless it was killed, which is a result
         yield started
 
 
@@ -95,11 +104,17 @@ def play(scenario: Scenario, variant: Variant, model: Path, conversation: Conver
 
 
 def floor_bytes(model: Path, conversation: Conversation, memory_bytes: int, n_models: int) -> int:
-    """What so many governed models take on a board while their caches are nearly empty, weights included."""
+    """What so many governed models take on a board while their caches are nearly empty, weights included.
+
+    Raises:
+        KvpsiError: they do not fit.
+    """
     forget_cached_pages(model)
     with open_board(BoardSettings(memory_bytes)) as board:
         models = list(start_models(board, "kvpsi", model, conversation, n_models))
         usage_bytes = board.cgroups.usage_bytes() or 0
-        for each in models:
-            each.end()
+        if any(each.end() is None for each in models):
+            raise KvpsiError(
+                f"A board of {format_bytes(memory_bytes)} has no room for {n_models} models; raise --memory."
+            )
     return usage_bytes

@@ -120,6 +120,8 @@ def figures_of(outcomes: Sequence[Outcome]) -> list[Figure]:
     found = []
     if governed:
         found.append(Figure("kvpsi.runs_with_kills", float(sum(bool(o.kills) for o in governed)), "", 0.0, "=="))
+        unfinished = sum(o.models_killed for o in governed)
+        found.append(Figure("kvpsi.models_without_an_end", float(unfinished), "", 0.0, "=="))
         refused = sum(each["refused"] for o in governed for each in o.done if each)
         found.append(Figure("kvpsi.refused_tokens", float(refused), ""))
     if fixed:

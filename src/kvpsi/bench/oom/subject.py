@@ -21,6 +21,7 @@ from kvpsi.errors import CacheRefusedError
 from kvpsi.kv.pages import process_rss_bytes
 
 _RETRY_S = 0.05
+_GOVERNED = {"kvpsi": True, "fixed": False}
 
 
 def _generate(llm: llama_cpp.Llama, ended: threading.Event) -> tuple[list[float], int]:
@@ -41,16 +42,11 @@ def _generate(llm: llama_cpp.Llama, ended: threading.Event) -> tuple[list[float]
 
 
 def _report(seconds: list[float], refused: int, governed: GovernedLlama | None) -> dict[str, Any]:
-    import resource  # on Unix only, as are boards
-
     summary = governed.summary() if governed else None
     return {
         "seconds": seconds,
         "refused": refused,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "rss_bytes": process_rss_bytes(),
         "trims": summary.trims if summary else 0,
-        "returned_bytes": summary.returned_bytes if summary else 0,
         "trusted": summary.trusted if summary else True,
     }
 
@@ -61,7 +57,7 @@ def main(variant: str, argument: str) -> None:
     show_errors_only()
     options = LoadSettings(n_ctx=told.conversation.n_ctx, n_threads=1)
     with contextlib.closing(open_llama(told.model, options.n_ctx, options)) as llm:
-        governed = govern(llm) if variant == "kvpsi" else None
+        governed = govern(llm) if _GOVERNED[variant] else None
         with governed or contextlib.nullcontext():
             load(llm, governed, told.conversation)
             say("ready", process_rss_bytes())

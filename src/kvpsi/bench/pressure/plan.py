@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         model: the GGUF file.
         board: the machine that model and neighbour share.
-        hog: the neighbour; it stays until the model is done.
+        hog: the neighbour; it stays until the model is done, whatever its ``hold_s``.
         n_ctx: context in tokens.
         prompt_tokens: what the model holds at first; read once, saved, and loaded by every run.
         calm_tokens: generated before the neighbour begins.
@@ -41,7 +41,7 @@ class Plan:
 
     model: Path
     board: BoardSettings = field(default_factory=lambda: BoardSettings(600 << 20, swap="zram"))
-    hog: HogSettings = field(default_factory=HogSettings)
+    hog: HogSettings = field(default_factory=lambda: HogSettings(300 << 20, 2 << 20, 0.5, 100 << 20))
     n_ctx: int = 16384
     prompt_tokens: int = 6000
     calm_tokens: int = 50

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from kvpsi.bench.pressure.plan import Plan, Variant
 from kvpsi.bench.pressure.watch import Sample, Watch
 from kvpsi.board import Board, open_board
 from kvpsi.hog import Hog, HogReport
+
+_READING_S = 600.0  # by which the neighbour outlasts the generating, if the model does not end it before
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,6 @@ class Run:
     done: dict[str, Any] | None = None
     hog: HogReport | None = None
     kills: int = 0
-    peak_bytes: int | None = None
     pressure_until_s: float | None = None
     reading_pressed: Reading | None = None
     reading_alone: Reading | None = None
@@ -98,8 +99,9 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
                     run.reading_pressed = Reading(**value)
                 elif what == "reading_alone":
                     run.reading_alone = Reading(**value)
-                elif what == "alone":
+                elif what == "generated":
                     run.pressure_until_s = value
+                elif what == "alone":
                     if hog is not None and waiting is not None:
                         hog.end()
                         waiting.join()
@@ -119,7 +121,7 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
             waiting.join()
             run.hog = reports[0]
         figures = board.figures()
-        run.samples, run.kills, run.peak_bytes = watch.samples, figures.kills, figures.peak_bytes
+        run.samples, run.kills = watch.samples, figures.kills
     return run
 
 
@@ -146,4 +148,4 @@ def _start_hog(plan: Plan, board: Board, watch: Watch) -> Hog:
         watch.hog_pid = process.pid
         return process
 
-    return Hog(plan.hog, start)
+    return Hog(replace(plan.hog, hold_s=plan.limit_s + _READING_S), start)

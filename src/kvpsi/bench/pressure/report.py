@@ -23,8 +23,9 @@ _ALLOWED_STEP_S = 0.050
 class Row:
     """One run in figures; times of tokens are those under pressure, or calm where there was no neighbour.
 
-    ``*_step_ms`` leave out the tokens during which memory was given, ``max_ms`` does not. Stall shares are of the
-    time under pressure.
+    ``*_step_ms`` leave out the tokens during which memory was given or tokens were dropped, ``max_ms`` does not.
+    Stalls, prunes and faults are of the time in which those tokens were generated. ``*_kv_cells`` have their memory
+    committed; ``swap_mib`` is in use on the whole machine; ``trusted`` is false if the governed cache stopped giving.
     """
 
     variant: Variant
@@ -45,6 +46,7 @@ class Row:
     refaults: int
     swap_mib: float
     major_faults: int
+    trusted: bool
     model_killed: bool
     hog_killed: bool
     kills: int
@@ -61,7 +63,7 @@ def row_of(run: Run) -> Row:
     done = run.done or {}
     return Row(
         variant=run.variant,
-        round=run.round_number,
+        round=run.round_number + 1,
         tokens=len(run.pressed),
         tok_s=len(seconds) / sum(seconds) if seconds else 0.0,
         p50_step_ms=1000 * quantile(steps, 0.5),
@@ -78,6 +80,7 @@ def row_of(run: Run) -> Row:
         refaults=last.refaults - first.refaults if first and last else 0,
         swap_mib=max((s.swap_used_bytes for s in pressed), default=0) / _MIB,
         major_faults=done.get("major_faults", 0),
+        trusted=done.get("trusted", True),
         model_killed=run.model_killed,
         hog_killed=run.hog_killed,
         kills=run.kills,
@@ -173,7 +176,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """One line for each run."""
     columns: dict[str, Callable[[Row], str]] = {
         "variant": lambda r: r.variant,
-        "round": lambda r: str(r.round + 1),
+        "round": lambda r: str(r.round),
         "tokens": lambda r: str(r.tokens),
         "tok/s": lambda r: f"{r.tok_s:.1f}",
         "p50 / p99 / max ms": lambda r: f"{r.p50_step_ms:.1f} / {r.p99_step_ms:.1f} / {r.max_ms:.0f}",
@@ -204,13 +207,13 @@ def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: b
     paths = [folder / name for name in ("runs.csv", "tokens.csv", "samples.csv", "table.md", "result.json")]
     _write_csv(paths[0], [f.name for f in fields(Row)], map(astuple, rows))
     tokens = (
-        (run.variant, run.round_number, stretch, *astuple(token))
+        (run.variant, run.round_number + 1, stretch, *astuple(token))
         for run in runs
         for stretch, some in (("calm", run.calm), ("pressed", run.pressed))
         for token in some
     )
     _write_csv(paths[1], ["variant", "round", "stretch", *(f.name for f in fields(Token))], tokens)
-    samples = ((run.variant, run.round_number, *astuple(sample)) for run in runs for sample in run.samples)
+    samples = ((run.variant, run.round_number + 1, *astuple(sample)) for run in runs for sample in run.samples)
     _write_csv(paths[2], ["variant", "round", *Sample.names()], samples)
     paths[3].write_text(markdown(rows))
     raw = [str(path) for path in paths]

@@ -1,9 +1,9 @@
 """The process of one model: it loads its conversation and generates, calm first and then on.
 
 It writes JSON lines to standard output: ``calm`` and, beside the neighbour, ``tokens`` every few tokens, ``pressure``
-when the neighbour may begin, ``reading_pressed`` when it has read beside the neighbour, ``alone`` when that is to end
-(it then waits for a line on standard input), ``reading_alone`` when it has read as much again, and ``done`` at the end.
-Times are CLOCK_MONOTONIC, which all processes share.
+when the neighbour may begin, ``generated`` when all tokens are there, ``reading_pressed`` when it has read beside the
+neighbour, ``alone`` when that is to end (it then waits for a line on standard input), ``reading_alone`` when it has
+read as much again, and ``done`` at the end. Times are CLOCK_MONOTONIC, which all processes share.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 
 import llama_cpp
 
-from kvpsi.bench.conversation import Told, load
+from kvpsi.bench.conversation import Told, load, text_tokens
 from kvpsi.bench.lines import say
 from kvpsi.bench.pressure.prune import Pruner
 from kvpsi.bench.pressure.weights import Populator
-from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
 from kvpsi.kv import CacheSettings
@@ -56,6 +55,12 @@ class Subject:
     def kv_cells(self) -> int:
         """Cells whose memory is committed."""
         return self.governed.cache.committed_cells if self.governed else self.llm.n_ctx()
+
+    def prunes(self) -> int:
+        """How often tokens were dropped."""
+        if self.governed:
+            return self.governed.cache.trims
+        return self.pruner.prunes if self.pruner else 0
 
     def gave(self) -> int:
         """A number that changes when memory is given back, or tokens are dropped."""
@@ -94,6 +99,13 @@ class Subject:
         self.governed.cache.cap_cells = self.governed.cache.used_cells
 
 
+def major_faults() -> int:
+    """Pages that this process had to wait for until they were read from a disk or from swap."""
+    import resource  # on Unix only, as are boards
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def main(variant: str, argument: str, more: str) -> None:
     """Play one variant.
 
@@ -102,8 +114,6 @@ def main(variant: str, argument: str, more: str) -> None:
         argument: what `Conversation.as_argument` gave.
         more: a JSON object, see `kvpsi.bench.pressure.play`.
     """
-    import resource  # on Unix only, as are boards
-
     told, settings = Told.of(argument), json.loads(more)
     show_errors_only()
     locked = variant == "kvpsi-locked"
@@ -115,8 +125,11 @@ def main(variant: str, argument: str, more: str) -> None:
             forever = time.monotonic() + 3600
             subject.generate(settings["calm_tokens"], forever, lambda tokens: say("calm", tokens))
             say("pressure", time.monotonic())
+            prunes, faults = subject.prunes(), major_faults()
             limit = time.monotonic() + settings["limit_s"]
             subject.generate(settings["n_predict"], limit, lambda tokens: say("tokens", tokens))
+            prunes, faults = subject.prunes() - prunes, major_faults() - faults
+            say("generated", time.monotonic())
             if settings["read_tokens"] and subject.governed and variant != "calm":
                 say("reading_pressed", subject.read(settings["read_tokens"]))
                 subject.keep_as_small()
@@ -124,19 +137,8 @@ def main(variant: str, argument: str, more: str) -> None:
                 sys.stdin.readline()
                 time.sleep(_SETTLE_S)
                 say("reading_alone", subject.read(settings["read_tokens"]))
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            summary = subject.governed.summary() if subject.governed else None
-            say(
-                "done",
-                {
-                    "peak_rss_bytes": usage.ru_maxrss * 1024,
-                    "major_faults": usage.ru_majflt,
-                    "prunes": subject.pruner.prunes if subject.pruner else summary.trims if summary else 0,
-                    "final_kv_cells": subject.kv_cells(),
-                    "returned_bytes": summary.returned_bytes if summary else 0,
-                    "trusted": summary.trusted if summary else True,
-                },
-            )
+            trusted = subject.governed is None or subject.governed.cache.trusted
+            say("done", {"major_faults": faults, "prunes": prunes, "trusted": trusted})
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from typing import Any
 
 import llama_cpp
 
-from kvpsi.bench.conversation import Told, load
+from kvpsi.bench.conversation import Told, load, text_tokens
 from kvpsi.bench.lines import say, until_closed
-from kvpsi.bench.worker import text_tokens
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
 from kvpsi.errors import CacheRefusedError

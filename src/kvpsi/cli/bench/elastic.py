@@ -20,13 +20,13 @@ def elastic(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Stock llama-cpp-python beside the elastic cache: idle memory, decode speed, trims, the same logits."""
-    from kvpsi.bench import elastic as bench
+    from kvpsi.bench.elastic.run import Plan, run
     from kvpsi.engines.loading import show_errors_only
 
     show_errors_only()
     with progress_on_stderr() as report:
         path = models.pull(model, report)
-    plan = bench.Plan(path, n_ctx=ctx, n_threads=threads, kv_type=kv_type, rounds=rounds)
+    plan = Plan(path, n_ctx=ctx, n_threads=threads, kv_type=kv_type, rounds=rounds)
     with status_on_stderr() as say:
-        document = bench.run(plan, say)
+        document = run(plan, say)
     show(document, as_json=json)

@@ -53,7 +53,7 @@ def pressure(
     from kvpsi.hog import HogSettings
 
     board = BoardSettings(parse_bytes(memory), cast("SwapKind", swap))
-    hog = HogSettings(hog_mib * _MIB, step_mib * _MIB, warmup_s, rate_mib_s * _MIB, hold_s=limit_s + 180)
+    hog = HogSettings(hog_mib * _MIB, step_mib * _MIB, warmup_s, rate_mib_s * _MIB)
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     plan = Plan(

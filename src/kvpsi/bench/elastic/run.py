@@ -16,8 +16,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from kvpsi.bench.conversation import text_tokens
+from kvpsi.bench.elastic.worker import Kind, worker
 from kvpsi.bench.figures import Figure
-from kvpsi.bench.worker import Kind, text_tokens, worker
 from kvpsi.engines.llama import GovernedLlama, govern
 from kvpsi.engines.loading import LoadSettings, open_llama
 from kvpsi.errors import UsageError

@@ -12,20 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import llama_cpp
-import numpy as np
 
+from kvpsi.bench.conversation import text_tokens
 from kvpsi.engines.llama import govern
 from kvpsi.engines.loading import LoadSettings, open_llama, show_errors_only
 from kvpsi.errors import KvpsiError
 from kvpsi.kv.pages import process_rss_bytes
 
 Kind = Literal["stock", "elastic"]
-
-
-def text_tokens(llm: llama_cpp.Llama, count: int) -> list[int]:
-    """Ordinary token ids, the same for every model of one vocabulary."""
-    n_vocab = llm.n_vocab()
-    return [int(t) for t in np.random.default_rng(7).integers(n_vocab // 4, n_vocab // 2, count)]
 
 
 class Worker:
@@ -57,7 +51,7 @@ class Worker:
 def worker(kind: Kind, model: Path, load: LoadSettings) -> Iterator[Worker]:
     """A fresh process that has loaded the model and waits; ended on leaving, and by itself if the parent is gone."""
     settings = json.dumps({"n_ctx": load.n_ctx, "n_threads": load.n_threads, "kv_type": load.kv_type})
-    command = [sys.executable, "-m", "kvpsi.bench.worker", kind, str(model), settings]
+    command = [sys.executable, "-m", "kvpsi.bench.elastic.worker", kind, str(model), settings]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Worker(process)
