@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvpsi.bench.oom.play import Outcome
+from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.oom.play import Outcome, play
 from kvpsi.bench.oom.run import Plan, Table, figures_of, row_of, run
 from kvpsi.bench.oom.scenarios import draw
-from kvpsi.errors import UsageError
+from kvpsi.board import BoardPlaces
+from kvpsi.errors import KvpsiError, UsageError
 from kvpsi.hog import HogReport
+from support.boards import left_behind
 
 MIB = 1 << 20
 ROOM = {1: 400 * MIB, 2: 300 * MIB}
@@ -65,6 +69,30 @@ def test_a_full_disk_ends_nothing_and_is_told() -> None:
         table.add(outcome("fixed", 1, [None]))
     assert table.rows == 0 and table.problem is not None
     assert "No space left" in table.problem
+
+
+@pytest.mark.engine
+@pytest.mark.pressure
+def test_a_model_that_fails_is_no_model_that_was_killed(
+    board_places: BoardPlaces, default_model: Path, tmp_path: Path
+) -> None:
+    broken = Conversation(512, 100, tmp_path / "broken.state")
+    broken.state.write_bytes(b"not a state")
+    with pytest.raises(KvpsiError, match="ended early"):
+        play(draw(1, 1, ROOM)[0], "fixed", default_model, broken, 600 * MIB)
+    assert not left_behind(board_places, os.getpid())
+
+
+@pytest.mark.engine
+@pytest.mark.pressure
+def test_a_model_that_is_killed_at_once_is_a_result(
+    board_places: BoardPlaces, default_model: Path, tmp_path: Path
+) -> None:
+    talk = Conversation(16384, 100, tmp_path / "short.state")
+    save(default_model, talk)
+    seen = play(draw(1, 1, {1: 20 * MIB, 2: 20 * MIB})[0], "fixed", default_model, talk, 300 * MIB)
+    assert seen.models_killed == 1 and seen.kills >= 1
+    assert not left_behind(board_places, os.getpid())
 
 
 @pytest.mark.engine

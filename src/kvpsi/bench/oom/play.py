@@ -47,10 +47,15 @@ class _Model:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def ready(self) -> bool:
-        """Wait until it has loaded its conversation; False if it died before."""
+    def wait_until_ready(self) -> None:
+        """Wait until it has loaded its conversation, or was killed, which is a result.
+
+        Raises:
+            KvpsiError: it ended by itself.
+        """
         assert self._process.stdout is not None
-        return bool(self._process.stdout.readline())
+        if not self._process.stdout.readline():
+            self._see_that_it_was_killed()
 
     def end(self) -> dict[str, Any] | None:
         """Have it end, and what it says; None if it was killed.
@@ -69,9 +74,16 @@ class _Model:
             self._process.wait()
         finally:
             timer.cancel()
-        if "done" not in told and self._process.returncode >= 0:
-            raise KvpsiError("A model's process of the bench ended early; its last lines above say why.")
+        if "done" not in told:
+            self._see_that_it_was_killed()
         return told.get("done")
+
+    def _see_that_it_was_killed(self) -> None:
+        if self._process.wait() >= 0:
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                pipe.close()
+            raise KvpsiError("A model's process of the bench ended early; its last lines above say why.")
 
 
 def start_models(
@@ -81,8 +93,7 @@ def start_models(
     for number in range(count):
         command = [sys.executable, "-m", "kvpsi.bench.oom.subject", variant, conversation.as_argument(model)]
         started = _Model(board.start(command, group=f"model-{number}", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        if not started.ready():
-            started.end()  # raises unless it was killed, which is a result
+        started.wait_until_ready()
         yield started
 
 
