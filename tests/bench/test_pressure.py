@@ -18,15 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpsi.bench.figures import quantile
 from kvpsi.bench.pressure.plan import Plan
 from kvpsi.bench.pressure.play import Reading, Run, Token
-from kvpsi.bench.pressure.report import figures_of, markdown, quantile, row_of, write_files
+from kvpsi.bench.pressure.report import figures_of, markdown, row_of, write_files
 from kvpsi.bench.pressure.watch import Sample
-from kvpsi.bench.pressure.weights import mapped, populate
+from kvpsi.bench.pressure.weights import mapped
 from kvpsi.board import BoardPlaces
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogReport
-from kvpsi.kv.pages import resident_bytes
+from kvpsi.kv.pages import populate, resident_bytes
 from support.boards import left_behind
 from support.interrupts import popen_heeding_ctrl_c
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpsi.bench.pressure.play import forget_cached_pages
+from kvpsi.bench.conversation import forget_cached_pages
 from kvpsi.board import BoardSettings, open_board
 from kvpsi.hog import Hog, HogSettings
 

@@ -20,6 +20,7 @@ _PIDFD_SELF = -10000
 _MOST_AT_ONCE = 1024  # UIO_MAXIOV
 _MADV_NOHUGEPAGE = 15
 _MADV_DONTDUMP = 16
+_MADV_POPULATE_READ = 22
 _MADV_DODUMP = 17
 
 if sys.platform == "linux":
@@ -70,10 +71,23 @@ def release(ranges: Sequence[Mapping]) -> None:
     for start in range(0, len(ranges), _MOST_AT_ONCE):
         some = ranges[start : start + _MOST_AT_ONCE]
         if not _release_at_once(some):
-            for pages in some:
-                if _madvise(pages.start, pages.n_bytes, _MADV_DONTNEED) != 0:
-                    err = ctypes.get_errno()
-                    raise OSError(err, os.strerror(err))
+            _advise(some, _MADV_DONTNEED)
+
+
+def populate(ranges: Sequence[Mapping]) -> None:
+    """Read pages of mapped files in that are missing (madvise(2), MADV_POPULATE_READ, since Linux 5.14).
+
+    Raises:
+        OSError: the kernel does not know it, or the file cannot be read.
+    """
+    _advise(ranges, _MADV_POPULATE_READ)
+
+
+def _advise(ranges: Sequence[Mapping], advice: int) -> None:
+    for pages in ranges:
+        if _madvise(pages.start, pages.n_bytes, advice) != 0:
+            err = ctypes.get_errno()
+            raise OSError(err, os.strerror(err))
 
 
 def _release_at_once(ranges: Sequence[Mapping]) -> bool:

@@ -63,7 +63,7 @@ def row_of(run: Run) -> Row:
     done = run.done or {}
     return Row(
         variant=run.variant,
-        round=run.round_number + 1,
+        round=run.round_number,
         tokens=len(run.pressed),
         tok_s=len(seconds) / sum(seconds) if seconds else 0.0,
         p50_step_ms=1000 * quantile(steps, 0.5),
@@ -207,13 +207,13 @@ def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: b
     paths = [folder / name for name in ("runs.csv", "tokens.csv", "samples.csv", "table.md", "result.json")]
     _write_csv(paths[0], [f.name for f in fields(Row)], map(astuple, rows))
     tokens = (
-        (run.variant, run.round_number + 1, stretch, *astuple(token))
+        (run.variant, run.round_number, stretch, *astuple(token))
         for run in runs
         for stretch, some in (("calm", run.calm), ("pressed", run.pressed))
         for token in some
     )
     _write_csv(paths[1], ["variant", "round", "stretch", *(f.name for f in fields(Token))], tokens)
-    samples = ((run.variant, run.round_number + 1, *astuple(sample)) for run in runs for sample in run.samples)
+    samples = ((run.variant, run.round_number, *astuple(sample)) for run in runs for sample in run.samples)
     _write_csv(paths[2], ["variant", "round", *Sample.names()], samples)
     paths[3].write_text(markdown(rows))
     raw = [str(path) for path in paths]

@@ -35,7 +35,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                     if runs:
                         time.sleep(plan.cooldown_s)
                     report(f"round {number + 1} of {plan.rounds}: {variant}")
-                    runs.append(play(plan, talk, variant, number))
+                    runs.append(play(plan, talk, variant, number + 1))
                     _write(out_dir, plan, runs, interrupted=True, problems=problems)
         except KeyboardInterrupt:
             interrupted = True

@@ -64,9 +64,7 @@ class Subject:
 
     def gave(self) -> int:
         """A number that changes when memory is given back, or tokens are dropped."""
-        if self.governed:
-            return self.governed.cache.releases + self.governed.cache.trims
-        return self.pruner.prunes if self.pruner else 0
+        return self.prunes() + (self.governed.cache.releases if self.governed else 0)
 
     def generate(self, count: int, until_s: float, tell: Callable[[list[list[float]]], None]) -> None:
         """Generate, greedily, and tell of each token: when, how long in seconds, whether memory was given, KV cells."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from kvpsi.instrument import Instrument
-from kvpsi.kv.pages import Mapping
-
-_MADV_POPULATE_READ = 22
+from kvpsi.kv.pages import Mapping, populate
 
 
 def mapped(file: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
@@ -24,20 +20,6 @@ def mapped(file: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
             low, _, high = fields[0].partition("-")
             found.append(Mapping(int(low, 16), int(high, 16)))
     return found
-
-
-def populate(ranges: list[Mapping]) -> None:
-    """Read pages in that are missing (madvise(2), MADV_POPULATE_READ, since Linux 5.14).
-
-    Raises:
-        OSError: the kernel does not know it, or the file cannot be read.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    for pages in ranges:
-        address, length = ctypes.c_void_p(pages.start), ctypes.c_size_t(pages.n_bytes)
-        if libc.madvise(address, length, ctypes.c_int(_MADV_POPULATE_READ)) != 0:
-            err = ctypes.get_errno()
-            raise OSError(err, os.strerror(err))
 
 
 class Populator(Instrument):
