@@ -16,7 +16,7 @@ import pytest
 from kvpsi.bench.conversation import forget_cached_pages
 from kvpsi.board import Board, BoardPlaces, BoardSettings, find_places, open_board
 from kvpsi.board.cgroups import BoardCgroups
-from kvpsi.board.places import Place
+from kvpsi.board.places import MEMORY_LIMIT_FILE, Place
 from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import Hog, HogReport, HogSettings
 from support.boards import left_behind
@@ -70,6 +70,26 @@ def test_with_zram_it_stalls_instead_and_the_device_is_gone_afterwards(board_pla
     except EnvironmentProblem as error:
         pytest.skip(f"NO ZRAM HERE: {error}")
     assert swap_devices() == before and not left_behind(board_places, os.getpid())
+
+
+@pytest.mark.pressure
+def test_what_zram_takes_is_taken_off_the_boards_memory() -> None:
+    try:
+        with open_board(BoardSettings(128 * MIB, swap="zram")) as board:
+            limit_file = board.cgroups.memory / MEMORY_LIMIT_FILE[board.cgroups.places.memory.version]
+            assert int(limit_file.read_text()) > 127 * MIB  # the empty device takes a little
+            settings = HogSettings(150 * MIB, rate_bytes_s=200 * MIB, hold_s=60)
+            hog = Hog(settings, lambda command: board.start(command, group="hog", stdout=subprocess.PIPE))
+            # 22 MiB at least have to go, and half of each page of a hog is random.
+            assert wait_until(lambda: int(limit_file.read_text()) < 118 * MIB)
+            hog.end()
+            assert hog.wait().killed_by is None
+            assert wait_until(lambda: int(limit_file.read_text()) > 124 * MIB)
+            # Half of it compressed still does not make room for this.
+            too_large = play(board, HogSettings(185 * MIB, rate_bytes_s=200 * MIB, hold_s=1), "large")
+            assert too_large.killed_by == "SIGKILL"
+    except EnvironmentProblem as error:
+        pytest.skip(f"NO ZRAM HERE: {error}")
 
 
 @pytest.mark.pressure

@@ -9,11 +9,13 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
 from kvpsi.board import zram
 from kvpsi.board.cgroups import BoardCgroups
+from kvpsi.board.charge import SwapCharge
 from kvpsi.board.janitor import Janitor
 from kvpsi.board.places import find_places
 from kvpsi.errors import EnvironmentProblem, UsageError
@@ -33,8 +35,8 @@ class BoardSettings:
 
     Attributes:
         memory_bytes: its memory.
-        swap: ``zram`` swaps to compressed memory half as large as ``memory_bytes``. The kernel does not count what
-            that takes as the board's.
+        swap: ``zram`` swaps to compressed memory; half of ``memory_bytes`` fits in before it is compressed. What it
+            then takes is taken off ``memory_bytes``, as on a machine of that size.
         cpus: processors, may be a fraction; None: all that there are.
     """
 
@@ -142,9 +144,11 @@ def open_board(settings: BoardSettings) -> Iterator[Board]:
     cgroups = BoardCgroups(places, f"kvpsi-board-{os.getpid()}-{time.monotonic_ns()}")
     janitor = Janitor()
     board = Board(cgroups)
+    charge: SwapCharge | None = None
     try:
+        device: int | None = None
         if settings.swap == "zram":
-            zram.put_in(settings.memory_bytes // 2, lambda number: janitor.will_undo("zram", number))
+            device = zram.put_in(settings.memory_bytes // 2, lambda number: janitor.will_undo("zram", number))
         for folder in cgroups.folders:
             janitor.will_undo("cgroup", str(folder))
         try:
@@ -153,10 +157,15 @@ def open_board(settings: BoardSettings) -> Iterator[Board]:
             raise EnvironmentProblem(
                 f"No board can be made here ({error}): run as root, with a memory controller."
             ) from error
+        if device is not None:
+            charge = SwapCharge(settings.memory_bytes, partial(zram.used_bytes, device), cgroups.limit_memory)
+            charge.start()
         yield board
     finally:
         with _uninterrupted():
             board.end()
+            if charge:
+                charge.stop()
             left = janitor.finish()
     if left:
         raise EnvironmentProblem(left)

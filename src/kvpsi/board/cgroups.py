@@ -42,7 +42,7 @@ class BoardCgroups:
         for folder in self.folders:
             folder.mkdir()
         version = self.places.memory.version
-        _write(self.memory / MEMORY_LIMIT_FILE[version], memory_bytes)
+        self.limit_memory(memory_bytes)
         if version == 1:
             with contextlib.suppress(OSError):  # newer kernels always count what is below
                 _write(self.memory / "memory.use_hierarchy", 1)
@@ -54,6 +54,14 @@ class BoardCgroups:
         for place in self.places.all:
             if place.version == 2:
                 self._hand_down(place.path / self.name)
+
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Set the limit anew.
+
+        Raises:
+            OSError: the kernel refused, in version 1 also if it can reclaim no more of what is used above that limit.
+        """
+        _write(self.memory / MEMORY_LIMIT_FILE[self.places.memory.version], memory_bytes)
 
     def _limit_cpus(self, place: Place, cpus: float) -> None:
         quota_us = max(1000, int(cpus * _PERIOD_US))

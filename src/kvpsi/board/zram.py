@@ -36,6 +36,17 @@ def put_in(size_bytes: int, announce: Callable[[int], None]) -> int:
     return number
 
 
+def used_bytes(number: int) -> int:
+    """Memory that a device takes, for what is swapped to it and for itself.
+
+    Raises:
+        OSError: there is no such device any more.
+        ValueError: the kernel writes something else there.
+    """
+    _, _, used, *_ = _setting(number, "mm_stat").read_text().split()
+    return int(used)
+
+
 def take_away(number: int) -> None:
     """Stop swapping to a device, and remove it; does nothing if it is not there.
 

@@ -27,7 +27,7 @@ def _group() -> None:
 def run(
     command: Annotated[list[str], typer.Argument(help="The command and its arguments, after --.")],
     memory: Annotated[str, typer.Option("--memory", help="Memory of the board: 600M.")] = "600M",
-    swap: Annotated[str, typer.Option("--swap", help="none, or zram: compressed memory half as large.")] = "none",
+    swap: Annotated[str, typer.Option("--swap", help="none, or zram: compressed memory.")] = "none",
     cpus: Annotated[float | None, typer.Option("--cpus", help="Processors: 0.5. Default: all.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
