@@ -75,6 +75,17 @@ def test_reading_is_compared_with_the_same_cache_alone() -> None:
     assert found["reading_interrupts"].value == 2
 
 
+def test_tokens_are_compared_with_those_of_as_small_a_cache_alone() -> None:
+    run = made_up("kvpsi", 33, rss_mib=250, worst_ms=400)
+    run.pressed += [Token(0.5, 0.099, False, 900)] * 200  # before the cache had shrunk: not compared
+    run.alone = [Token(20 + i / 10, 0.030, False, 480) for i in range(99)] + [Token(30, 0.5, True, 470)]
+    found = {f.name: f for f in figures_of([run])}
+    assert found["p50_to_alone"].value == pytest.approx(1.1) and found["p50_to_alone"].met is False
+    assert found["p99_to_alone"].value == pytest.approx(1.1)
+    assert found["tokens_compared_with_alone"].value == 99
+    assert "p50_to_alone" not in {f.name for f in figures_of([made_up("kvpsi", 33, rss_mib=250)])}
+
+
 def test_other_ways_with_the_weights_are_compared_without_a_target() -> None:
     runs = [made_up("calm", 30, rss_mib=250), made_up("kvpsi-locked", 60, rss_mib=250)]
     found = {f.name: f for f in figures_of(runs)}
@@ -146,7 +157,8 @@ def test_a_small_bench_on_a_real_board(default_model: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [r["variant"] for r in document["runs"]] == ["calm", "fixed", "prune", "kvpsi"]
-    assert any(f["name"] == "reading_to_alone" and f["value"] > 0 for f in document["figures"])
+    found = {f["name"]: f["value"] for f in document["figures"]}
+    assert found["reading_to_alone"] > 0 and found["p50_to_alone"] > 0
     assert all(r["tokens"] == 24 and not r["model_killed"] and r["peak_rss_mib"] > 100 for r in document["runs"])
     assert document["interrupted"] is False and document["problems"] == []
     assert {Path(path).name for path in document["raw"]} >= {"runs.csv", "table.md", "kvpsi.png"}

@@ -14,7 +14,7 @@ from kvpsi.hog.shape import ShapeName
 
 MIB = 1 << 20
 _RATES_MIB_S = (20.0, 400.0)
-_SHARES = (0.6, 0.95)  # of what fits beside the models at their floor
+_SHARES = (0.75, 0.95)  # of what fits beside the models at their floor
 _SHAPES: tuple[ShapeName, ...] = ("grow", "pulse", "sawtooth")
 _SWAPS: tuple[SwapKind, ...] = ("none", "zram")
 _HOLD_S = 3.0

@@ -27,9 +27,8 @@ class Plan:
         n_ctx: context in tokens.
         prompt_tokens: what the model holds at first; read once, saved, and loaded by every run.
         calm_tokens: generated before the neighbour begins.
-        n_predict: generated beside it.
-        read_tokens: read by a governed model after that, first beside the neighbour, then, with a cache that is kept as
-            small, alone; 0: nothing.
+        n_predict: generated beside it, and by a governed model once more without it, its cache kept as small.
+        read_tokens: read by a governed model after each of the two; 0: nothing.
         keep, tail, min_prune: as for `kvpsi generate`.
         n_threads: of the model; one leaves the other core of a small machine to the neighbour.
         variants: in the order in which they run first; the next round runs them backwards, and so on.
@@ -63,11 +62,12 @@ class Plan:
             raise UsageError(f"The variants are {known}, not {','.join(self.variants)}.")
         if len(set(self.variants)) < len(self.variants):
             raise UsageError(f"Name each variant once: {known}.")
-        needed = self.prompt_tokens + self.calm_tokens + self.n_predict + 2 * self.read_tokens
+        needed = self.prompt_tokens + self.calm_tokens + 2 * (self.n_predict + self.read_tokens)
         if needed > self.n_ctx:
             raise UsageError(
-                f"{self.prompt_tokens} tokens of prompt, {self.calm_tokens} and {self.n_predict} generated ones and "
-                f"twice {self.read_tokens} read ones do not fit into a context of {self.n_ctx}; raise -c or lower -n."
+                f"{self.prompt_tokens} tokens of prompt, {self.calm_tokens} generated ones, and twice {self.n_predict} "
+                f"generated and {self.read_tokens} read ones do not fit into a context of {self.n_ctx}; "
+                "raise -c or lower -n."
             )
         if min(self.prompt_tokens, self.calm_tokens, self.n_predict, self.rounds) < 1 or (
             min(self.cooldown_s, self.limit_s, self.read_tokens) < 0

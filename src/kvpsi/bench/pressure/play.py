@@ -40,7 +40,11 @@ class Reading:
 
 @dataclass(slots=True)
 class Run:
-    """What one variant did in one round. ``done`` is what the model said at its end, None where it was killed."""
+    """What one variant did in one round.
+
+    ``calm`` are the tokens before the neighbour began, ``pressed`` those beside it, ``alone`` those after it had left.
+    ``done`` is what the model said at its end, None where it was killed.
+    """
 
     variant: Variant
     round_number: int
@@ -54,6 +58,7 @@ class Run:
     pressure_until_s: float | None = None
     reading_pressed: Reading | None = None
     reading_alone: Reading | None = None
+    alone: list[Token] = field(default_factory=list)
 
     @property
     def model_killed(self) -> bool:
@@ -73,6 +78,7 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
         EnvironmentProblem: no board can be made here.
     """
     run = Run(variant, round_number)
+    stretches = {"calm": run.calm, "tokens": run.pressed, "tokens_alone": run.alone}
     for file in (plan.model, conversation.state):
         forget_cached_pages(file)
     with open_board(plan.board) as board:
@@ -91,10 +97,8 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
         with model.stdin as answers, model.stdout as lines:
             for line in lines:
                 what, value = said(line)
-                if what == "calm":
-                    run.calm += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
-                elif what == "tokens":
-                    run.pressed += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
+                if what in stretches:
+                    stretches[what] += [Token(t, s, bool(gave), int(cells)) for t, s, gave, cells in value]
                 elif what == "reading_pressed":
                     run.reading_pressed = Reading(**value)
                 elif what == "reading_alone":

@@ -17,6 +17,7 @@ from kvpsi.bench.pressure.watch import Sample
 
 _MIB = 1 << 20
 _ALLOWED_STEP_S = 0.050
+_AS_SMALL = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
             stalled = _median(of[other], "hog_stall")
             ratio = _median(of["kvpsi"], "hog_stall") / stalled if stalled else 0.0
             found.append(Figure(f"hog_stall_to_{other}", ratio, "", 0.20, "<="))
-    found += _step_figures(runs, "kvpsi") + _reading_figures(runs)
+    found += _step_figures(runs, "kvpsi") + _alone_figures(runs) + _reading_figures(runs)
     for variant in get_args(Variant):
         if variant not in ("calm", "kvpsi"):  # for comparison, without a target
             found += [replace(f, name=f"{variant}.{f.name}", target=None) for f in _step_figures(runs, variant)]
@@ -139,6 +140,25 @@ def _step_figures(runs: Sequence[Run], variant: Variant) -> list[Figure]:
         Figure("worst_giving_step", 1000 * worst_giving_s, "ms", round(1000 * allowed_s, 1), "<="),
         Figure("worst_step_to_calm", max(t.seconds for t in pressed) / max(calm), ""),
         Figure("tok_s_to_calm", _speed(pressed) / (len(calm) / sum(calm)), "", 0.80, ">="),
+    ]
+
+
+def _alone_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Times per token beside the neighbour to those after it had left, of the tokens that had as small a cache."""
+    both = [(r.pressed, r.alone) for r in runs if r.variant == "kvpsi" and r.alone]
+    alone = [t.seconds for _, tokens in both for t in tokens if not t.gave]
+    pressed = [
+        t.seconds
+        for tokens, afterwards in both
+        for t in tokens
+        if not t.gave and t.kv_cells <= _AS_SMALL * statistics.median(a.kv_cells for a in afterwards)
+    ]
+    if not alone or not pressed:
+        return []
+    return [
+        Figure("p50_to_alone", quantile(pressed, 0.5) / quantile(alone, 0.5), "", 1.03, "<="),
+        Figure("p99_to_alone", quantile(pressed, 0.99) / quantile(alone, 0.99), "", 1.08, "<="),
+        Figure("tokens_compared_with_alone", float(len(pressed)), ""),
     ]
 
 
@@ -209,7 +229,7 @@ def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: b
     tokens = (
         (run.variant, run.round_number, stretch, *astuple(token))
         for run in runs
-        for stretch, some in (("calm", run.calm), ("pressed", run.pressed))
+        for stretch, some in (("calm", run.calm), ("pressed", run.pressed), ("alone", run.alone))
         for token in some
     )
     _write_csv(paths[1], ["variant", "round", "stretch", *(f.name for f in fields(Token))], tokens)

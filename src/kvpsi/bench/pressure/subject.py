@@ -2,8 +2,9 @@
 
 It writes JSON lines to standard output: ``calm`` and, beside the neighbour, ``tokens`` every few tokens, ``pressure``
 when the neighbour may begin, ``generated`` when all tokens are there, ``reading_pressed`` when it has read beside the
-neighbour, ``alone`` when that is to end (it then waits for a line on standard input), ``reading_alone`` when it has
-read as much again, and ``done`` at the end. Times are CLOCK_MONOTONIC, which all processes share.
+neighbour, ``alone`` when that is to end (it then waits for a line on standard input), ``tokens_alone`` and
+``reading_alone`` when it has generated and read as much again, and ``done`` at the end. Times are CLOCK_MONOTONIC,
+which all processes share.
 """
 
 from __future__ import annotations
@@ -128,13 +129,17 @@ def main(variant: str, argument: str, more: str) -> None:
             subject.generate(settings["n_predict"], limit, lambda tokens: say("tokens", tokens))
             prunes, faults = subject.prunes() - prunes, major_faults() - faults
             say("generated", time.monotonic())
-            if settings["read_tokens"] and subject.governed and variant != "calm":
-                say("reading_pressed", subject.read(settings["read_tokens"]))
+            if subject.governed and variant != "calm":
+                if settings["read_tokens"]:
+                    say("reading_pressed", subject.read(settings["read_tokens"]))
                 subject.keep_as_small()
                 say("alone", time.monotonic())
                 sys.stdin.readline()
                 time.sleep(_SETTLE_S)
-                say("reading_alone", subject.read(settings["read_tokens"]))
+                limit = time.monotonic() + settings["limit_s"]
+                subject.generate(settings["n_predict"], limit, lambda tokens: say("tokens_alone", tokens))
+                if settings["read_tokens"]:
+                    say("reading_alone", subject.read(settings["read_tokens"]))
             trusted = subject.governed is None or subject.governed.cache.trusted
             say("done", {"major_faults": faults, "prunes": prunes, "trusted": trusted})
 
