@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.conversation import Conversation, saved
 from kvpsi.bench.oom.play import Outcome, play
-from kvpsi.bench.oom.run import Plan, Table, figures_of, row_of, run
+from kvpsi.bench.oom.run import Plan, figures_of, row_of, run
 from kvpsi.bench.oom.scenarios import draw
+from kvpsi.bench.table import Table
 from kvpsi.board import BoardPlaces
 from kvpsi.errors import KvpsiError, UsageError
 from kvpsi.hog import HogReport
@@ -58,7 +59,7 @@ def test_every_run_is_written_down_when_it_is_over(tmp_path: Path) -> None:
     said = {"seconds": [0.03], "refused": 0, "trims": 1, "trusted": True}
     table = Table(tmp_path / "new" / "oom.csv")
     for number in range(1, 3):
-        table.add(outcome("kvpsi", 0, [said]))
+        table.add(row_of(outcome("kvpsi", 0, [said])))
         assert len((tmp_path / "new" / "oom.csv").read_text().splitlines()) == 1 + number
     assert table.problem is None
 
@@ -66,7 +67,7 @@ def test_every_run_is_written_down_when_it_is_over(tmp_path: Path) -> None:
 def test_a_full_disk_ends_nothing_and_is_told() -> None:
     table = Table(Path("/dev/full"))
     for _ in range(2):
-        table.add(outcome("fixed", 1, [None]))
+        table.add(row_of(outcome("fixed", 1, [None])))
     assert table.rows == 0 and table.problem is not None
     assert "No space left" in table.problem
 
@@ -85,12 +86,9 @@ def test_a_model_that_fails_is_no_model_that_was_killed(
 
 @pytest.mark.engine
 @pytest.mark.pressure
-def test_a_model_that_is_killed_at_once_is_a_result(
-    board_places: BoardPlaces, default_model: Path, tmp_path: Path
-) -> None:
-    talk = Conversation(16384, 100, tmp_path / "short.state")
-    save(default_model, talk)
-    seen = play(draw(1, 1, {1: 20 * MIB, 2: 20 * MIB})[0], "fixed", default_model, talk, 300 * MIB)
+def test_a_model_that_is_killed_at_once_is_a_result(board_places: BoardPlaces, default_model: Path) -> None:
+    with saved(default_model, 16384, 100) as talk:
+        seen = play(draw(1, 1, {1: 20 * MIB, 2: 20 * MIB})[0], "fixed", default_model, talk, 300 * MIB)
     assert seen.models_killed == 1 and seen.kills >= 1
     assert not left_behind(board_places, os.getpid())
 

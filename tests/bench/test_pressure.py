@@ -78,6 +78,7 @@ def test_reading_is_compared_with_the_same_cache_alone() -> None:
 def test_tokens_are_compared_with_those_of_as_small_a_cache_alone() -> None:
     run = made_up("kvpsi", 33, rss_mib=250, worst_ms=400)
     run.pressed += [Token(0.5, 0.099, False, 900)] * 200  # before the cache had shrunk: not compared
+    run.pressed += [Token(0.5, 0.001, False, 300)] * 200  # nor are those of a smaller one
     run.alone = [Token(20 + i / 10, 0.030, False, 480) for i in range(99)] + [Token(30, 0.5, True, 470)]
     found = {f.name: f for f in figures_of([run])}
     assert found["p50_to_alone"].value == pytest.approx(1.1) and found["p50_to_alone"].met is False
@@ -101,8 +102,9 @@ def test_a_killed_model_is_a_row_and_counts(tmp_path: Path) -> None:
     assert row.model_killed and row.hog_killed and row.tokens == 0
     assert "model and neighbour" in markdown([row])
     assert {f.name: f.value for f in figures_of([dead])} == {"fixed.kills": 2.0}
-    paths = write_files(tmp_path, Plan(Path("m.gguf")), [dead], interrupted=True)
-    assert all(Path(path).stat().st_size for path in paths)
+    document = write_files(tmp_path, Plan(Path("m.gguf")), [dead], interrupted=True, problems=["a problem"])
+    assert all(Path(path).stat().st_size for path in document["raw"])
+    assert document["problems"] == ["a problem"]
     assert json.loads((tmp_path / "result.json").read_text())["interrupted"] is True
 
 
@@ -158,7 +160,9 @@ def test_a_small_bench_on_a_real_board(default_model: Path, tmp_path: Path) -> N
     document = json.loads(done.stdout)
     assert [r["variant"] for r in document["runs"]] == ["calm", "fixed", "prune", "kvpsi"]
     found = {f["name"]: f["value"] for f in document["figures"]}
-    assert found["reading_to_alone"] > 0 and found["p50_to_alone"] > 0
+    assert found["reading_to_alone"] > 0
+    stretches = [line.split(",")[:3] for line in (tmp_path / "out" / "tokens.csv").read_text().splitlines()]
+    assert stretches.count(["kvpsi", "1", "alone"]) == 24
     assert all(r["tokens"] == 24 and not r["model_killed"] and r["peak_rss_mib"] > 100 for r in document["runs"])
     assert document["interrupted"] is False and document["problems"] == []
     assert {Path(path).name for path in document["raw"]} >= {"runs.csv", "table.md", "kvpsi.png"}

@@ -115,7 +115,7 @@ def test_processors_are_limited(board_places: BoardPlaces) -> None:
 
 
 @pytest.mark.pressure
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_nothing_is_left_when_its_maker_ends(board_places: BoardPlaces, number: signal.Signals) -> None:
     before = swap_devices()
     maker = popen_heeding_ctrl_c(
@@ -144,6 +144,13 @@ def sleepers(places: BoardPlaces, maker_pid: int) -> list[int]:
     found = places.memory.path.glob(f"kvpsi-board-{maker_pid}-*/main/cgroup.procs")
     pids = [int(pid) for file in found for pid in file.read_text().split()]
     return [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"]
+
+
+def test_a_command_that_does_not_exist_is_told_in_a_sentence() -> None:
+    command = [sys.executable, "-m", "kvpsi", "board", "run", "--", "no-such-command"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("kvpsi: There is no command no-such-command")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
 
 from kvpsi.hog import Hog, HogSettings
 from kvpsi.hog.memory import Hoard
+from support.interrupts import popen_heeding_ctrl_c
 
 MIB = 1 << 20
 
@@ -65,6 +68,25 @@ def test_the_command_prints_one_document() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["completed"] is True
+
+
+def test_ctrl_c_ends_the_command_with_a_report() -> None:
+    command = [sys.executable, "-m", "kvpsi", "hog", "--pressure-mib", "4", "--hold-s", "60", "--json"]
+    process = popen_heeding_ctrl_c(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and not stderr
+    report = json.loads(stdout)
+    assert report["completed"] is False and report["peak_bytes"] == 4 * MIB
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import contextlib
 import json
 import mmap
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import numpy as np
 
 from kvpsi.engines.llama import GovernedLlama
 from kvpsi.engines.loading import LoadSettings, open_llama
-from kvpsi.errors import KvpsiError
+from kvpsi.errors import EnvironmentProblem, KvpsiError
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.statedata import address_of
+from kvpsi.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,28 @@ def text_tokens(llm: llama_cpp.Llama, count: int) -> list[int]:
     return [int(t) for t in np.random.default_rng(7).integers(n_vocab // 4, n_vocab // 2, count)]
 
 
-def save(model: Path, conversation: Conversation) -> None:
-    """Read as many tokens as the conversation has, and write its state.
+@contextlib.contextmanager
+def saved(model: Path, n_ctx: int, n_tokens: int) -> Iterator[Conversation]:
+    """Read so many tokens, and save them in a file without a name: it is gone with this process, however that ends.
 
     Raises:
-        OSError: the state cannot be written.
+        EnvironmentProblem: there is no room for it.
     """
-    with contextlib.closing(open_llama(model, conversation.n_tokens + 64, LoadSettings())) as llm:
-        llm.eval(text_tokens(llm, conversation.n_tokens))
-        conversation.state.write_bytes(seq_state(llm.ctx, 0))
+    with tempfile.TemporaryFile() as file:
+        conversation = Conversation(n_ctx, n_tokens, Path(f"/proc/{os.getpid()}/fd/{file.fileno()}"))
+        with contextlib.closing(open_llama(model, n_tokens + 64, LoadSettings())) as llm:
+            llm.eval(text_tokens(llm, n_tokens))
+            state = seq_state(llm.ctx, 0)
+        try:
+            file.write(state)
+            file.flush()
+            os.fsync(file.fileno())  # only clean pages can be dropped
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"A conversation of {format_bytes(len(state))} cannot be saved in {tempfile.gettempdir()} "
+                f"({error.strerror}): free some space there, or let TMPDIR name another folder."
+            ) from error
+        yield conversation
 
 
 def load(llm: llama_cpp.Llama, governed: GovernedLlama | None, conversation: Conversation) -> None:

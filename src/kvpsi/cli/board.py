@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +36,11 @@ def run(
     from kvpsi.board import BoardSettings, open_board
     from kvpsi.board.board import SwapKind
 
+    if shutil.which(command[0]) is None:
+        raise UsageError(f"There is no command {command[0]} here: give a name in PATH or a path to a program.")
     settings = BoardSettings(parse_bytes(memory), cast("SwapKind", swap), cpus)
     with open_board(settings) as board:
-        try:
-            process = board.start(command, stdout=sys.stderr if json else None)
-        except OSError as error:
-            raise UsageError(f"{command[0]} cannot be started: {error.strerror}.") from error
+        process = board.start(command, stdout=sys.stderr if json else None)
         code = _wait(process)
         figures = board.figures()
     if json:

@@ -29,7 +29,7 @@ def hog(
     period_s: Annotated[float, typer.Option("--period-s", help="Period of pulse, ramp and sawtooth.")] = 4.0,
     kind: Annotated[str, typer.Option("--kind", help="anon: own memory; file: page cache; both.")] = "anon",
     trace: Annotated[Path | None, typer.Option("--trace", help="Follow a file of lines seconds,size.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also take more than the machine has to spare.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also take more than the machine has in all.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Take memory, touch all of it over and over, and tell whether that was stalled or killed (exit status 1)."""
@@ -54,6 +54,7 @@ def hog(
     try:
         report = process.wait(_tell if sys.stderr.isatty() else lambda _time_s, _size_bytes: None)
     except KeyboardInterrupt:
+        process.end()
         report = process.wait()
     if json:
         print_json(dataclasses.asdict(report))

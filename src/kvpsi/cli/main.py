@@ -21,6 +21,7 @@ from kvpsi.cli.output import one_line
 from kvpsi.errors import KvpsiError
 
 _INTERRUPTED = 130
+_ENDING = [signal.SIGTERM] + [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]
 
 app = typer.Typer(
     name="kvpsi",
@@ -57,11 +58,12 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller; without this, errors would go to standard output
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for the rest of the process
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {n: signal.signal(n, _terminate) for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         return _run(arguments)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _run(arguments: list[str]) -> int:

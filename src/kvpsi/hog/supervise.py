@@ -42,23 +42,27 @@ class Hog:
 
     def __init__(self, settings: HogSettings, start: Start | None = None) -> None:
         self._process = (start or _start)(worker_command(settings))
+        self._seconds, self._peak_bytes = 0.0, 0
 
     def wait(self, tell: Callable[[float, int], None] = lambda _time_s, _size_bytes: None) -> HogReport:
-        """Wait until it ends; ``tell`` hears from time to time how many bytes it has after how many seconds."""
-        assert self._process.stdout is not None
-        seconds, peak_bytes, report = 0.0, 0, None
-        with self._process.stdout as lines:
-            for line in lines:
-                said = json.loads(line)
-                if "report" in said:
-                    report = said["report"]
-                else:
-                    seconds, peak_bytes = said["time_s"], max(peak_bytes, said["size_bytes"])
-                    tell(seconds, said["size_bytes"])
+        """Wait until it ends; ``tell`` hears from time to time how many bytes it has after how many seconds.
+
+        After Ctrl-C it can be called again.
+        """
+        lines, report = self._process.stdout, None
+        assert lines is not None
+        for line in lines:
+            said = json.loads(line)
+            if "report" in said:
+                report = said["report"]
+            else:
+                self._seconds, self._peak_bytes = said["time_s"], max(self._peak_bytes, said["size_bytes"])
+                tell(self._seconds, said["size_bytes"])
+        lines.close()
         code = self._process.wait()
         if report is None:
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            return HogReport(False, how, seconds, peak_bytes, None, None)
+            return HogReport(False, how, self._seconds, self._peak_bytes, None, None)
         return HogReport(
             report["completed"],
             None,
@@ -75,4 +79,5 @@ class Hog:
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # Ctrl-C on a terminal does not reach it: it is ended by `end`, or when nobody reads what it writes any more
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

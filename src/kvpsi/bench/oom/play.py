@@ -14,6 +14,7 @@ from typing import Any, Literal
 from kvpsi.bench.conversation import Conversation, forget_cached_pages
 from kvpsi.bench.lines import said
 from kvpsi.bench.oom.scenarios import Scenario
+from kvpsi.bench.processes import must_have_been_killed
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.errors import KvpsiError
 from kvpsi.hog import Hog, HogReport
@@ -55,7 +56,7 @@ class _Model:
         """
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
-            self._see_that_it_was_killed()
+            must_have_been_killed(self._process)
 
     def end(self) -> dict[str, Any] | None:
         """Have it end, and what it says; None if it was killed.
@@ -75,15 +76,8 @@ class _Model:
         finally:
             timer.cancel()
         if "done" not in told:
-            self._see_that_it_was_killed()
+            must_have_been_killed(self._process)
         return told.get("done")
-
-    def _see_that_it_was_killed(self) -> None:
-        if self._process.wait() >= 0:
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                pipe.close()
-            raise KvpsiError("A model's process of the bench ended early; its last lines above say why.")
 
 
 def start_models(

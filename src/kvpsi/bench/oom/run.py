@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.conversation import Conversation, saved
 from kvpsi.bench.figures import Figure, quantile
 from kvpsi.bench.oom.play import Outcome, Variant, floor_bytes, play
 from kvpsi.bench.oom.scenarios import draw
+from kvpsi.bench.processes import see_that_boards_can_be_made
+from kvpsi.bench.table import Table
+from kvpsi.board import BoardSettings
 from kvpsi.errors import UsageError
 
 Report = Callable[[str], None]
@@ -52,9 +54,10 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     outcomes: list[Outcome] = []
     interrupted = False
     room: dict[int, int] = {}
-    with tempfile.TemporaryDirectory(prefix="kvpsi-oom-") as folder:
+    with contextlib.ExitStack() as files:
         try:
-            talks = _conversations(plan, Path(folder), report)
+            see_that_boards_can_be_made(BoardSettings(plan.memory_bytes, "zram"))
+            talks = _conversations(plan, files, report)
             report("measuring what models take at their floor")
             for n_models in (1, 2):
                 used = floor_bytes(plan.model, talks[n_models, False], plan.memory_bytes, n_models)
@@ -65,7 +68,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                     report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
                     talk = talks[scenario.n_models, scenario.full]
                     outcomes.append(play(scenario, variant, plan.model, talk, plan.memory_bytes))
-                    table.add(outcomes[-1])
+                    table.add(row_of(outcomes[-1]))
         except KeyboardInterrupt:
             interrupted = True
     return {
@@ -74,19 +77,18 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
         "room_bytes": room,
         "variants": {v: _summary([o for o in outcomes if o.variant == v]) for v in plan.variants},
         "figures": [f.as_json() for f in figures_of(outcomes)],
-        "problems": [table.problem] if table.problem else [],
-        "raw": [str(table.path)] if table.rows else [],
+        "problems": table.problems,
+        "raw": table.paths,
     }
 
 
-def _conversations(plan: Plan, folder: Path, report: Report) -> dict[tuple[int, bool], Conversation]:
+def _conversations(plan: Plan, files: contextlib.ExitStack, report: Report) -> dict[tuple[int, bool], Conversation]:
     """What each of so many models holds at first, nearly full or nearly empty."""
     found = {}
     for n_models, n_ctx in enumerate(plan.n_ctx, start=1):
         for full, n_tokens in ((True, int(_FULL_SHARE * n_ctx)), (False, _EMPTY_TOKENS)):
             report(f"reading conversations, {n_tokens} tokens")
-            found[n_models, full] = talk = Conversation(n_ctx, n_tokens, folder / f"{n_ctx}-{n_tokens}.state")
-            save(plan.model, talk)
+            found[n_models, full] = files.enter_context(saved(plan.model, n_ctx, n_tokens))
     return found
 
 
@@ -156,30 +158,3 @@ def row_of(outcome: Outcome) -> dict[str, object]:
         "p99_ms": round(1000 * quantile(seconds, 0.99), 1),
         "max_ms": round(1000 * max(seconds, default=0.0), 1),
     }
-
-
-class Table:
-    """A CSV file that grows by a line with each run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = 0
-        self.problem: str | None = None
-
-    def add(self, outcome: Outcome) -> None:
-        """Write one more line; where that fails, say so once and go on without."""
-        if self.problem:
-            return
-        row = row_of(outcome)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self.rows else "w", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if not self.rows:
-                    writer.writeheader()
-                writer.writerow(row)
-        except OSError as error:
-            rest = "the runs from then on are missing in it" if self.rows else "there is no such file"
-            self.problem = f"{self.path} cannot be written ({error.strerror}), so {rest}."
-        else:
-            self.rows += 1

@@ -54,8 +54,8 @@ def draw(count: int, seed: int, room_bytes: Mapping[int, int]) -> list[Scenario]
     for number, (swap, n_models, full, shape) in enumerate(itertools.islice(itertools.cycle(combinations), count)):
         rate = math.exp(rng.uniform(*map(math.log, _RATES_MIB_S))) * MIB
         size = int(rng.uniform(*_SHARES) * room_bytes[n_models]) // (2 * MIB) * 2 * MIB
-        period_s = max(1.0, 2 * size / rate)  # a pulse grows in the first half of it
-        hold_s = _HOLD_S if shape == "grow" else max(_HOLD_S, period_s)
-        hog = HogSettings(size, rate_bytes_s=rate, hold_s=hold_s, shape=shape, period_s=period_s)
+        growing_share = 0.5 if shape == "pulse" else 1.0  # of a period
+        period_s = max(1.0, size / rate / growing_share)
+        hog = HogSettings(size, rate_bytes_s=rate, hold_s=_HOLD_S, shape=shape, period_s=period_s)
         scenarios.append(Scenario(number, swap, n_models, full, hog))
     return scenarios

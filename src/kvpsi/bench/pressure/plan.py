@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kvpsi.board import BoardSettings
+from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
+from kvpsi.kv import CacheSettings
 
 Variant = Literal["calm", "fixed", "prune", "kvpsi", "kvpsi-locked", "kvpsi-populated"]
 """``fixed`` is stock llama-cpp-python; ``prune`` drops the oldest tokens while avg10 is high and returns nothing;
@@ -73,6 +75,8 @@ class Plan:
             min(self.cooldown_s, self.limit_s, self.read_tokens) < 0
         ):
             raise UsageError("Tokens and rounds are at least 1, times not negative.")
+        LoadSettings(self.n_ctx, self.n_threads)  # complains of what llama.cpp would not take
+        CacheSettings(self.keep, self.tail, self.min_prune)
         if not 0 < self.prune_threshold <= 1:
             raise UsageError("The threshold for pruning is a share above 0 and at most 1, such as 0.1.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from kvpsi.bench.conversation import Conversation, forget_cached_pages
 from kvpsi.bench.lines import said
 from kvpsi.bench.pressure.plan import Plan, Variant
 from kvpsi.bench.pressure.watch import Sample, Watch
+from kvpsi.bench.processes import must_have_been_killed
 from kvpsi.board import Board, open_board
 from kvpsi.hog import Hog, HogReport
 
@@ -76,6 +78,7 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
 
     Raises:
         EnvironmentProblem: no board can be made here.
+        KvpsiError: the model failed.
     """
     run = Run(variant, round_number)
     stretches = {"calm": run.calm, "tokens": run.pressed, "tokens_alone": run.alone}
@@ -94,7 +97,8 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
         reports: list[HogReport] = []
         waiting: threading.Thread | None = None
         assert model.stdin is not None and model.stdout is not None
-        with model.stdin as answers, model.stdout as lines:
+        # a model that is killed before it is answered breaks the pipe to it
+        with contextlib.suppress(BrokenPipeError), model.stdin as answers, model.stdout as lines:
             for line in lines:
                 what, value = said(line)
                 if what in stretches:
@@ -118,6 +122,8 @@ def play(plan: Plan, conversation: Conversation, variant: Variant, round_number:
                         hog = _start_hog(plan, board, watch)
                         waiting = threading.Thread(target=lambda h: reports.append(h.wait()), args=(hog,))
                         waiting.start()
+        if run.done is None:
+            must_have_been_killed(model)
         model.wait()
         watch.stop()
         if hog is not None and waiting is not None:

@@ -17,7 +17,7 @@ from kvpsi.bench.pressure.watch import Sample
 
 _MIB = 1 << 20
 _ALLOWED_STEP_S = 0.050
-_AS_SMALL = 1.1
+_AS_SMALL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,15 @@ def figures_of(runs: Sequence[Run]) -> list[Figure]:
             found.append(Figure(f"{variant}.kills", float(sum(r.kills for r in mine)), "", target, "=="))
     if not of["kvpsi"]:
         return found
+    unfinished = sum(r.model_killed for r in of["kvpsi"])
+    found.append(Figure("kvpsi.models_without_an_end", float(unfinished), "", 0.0, "=="))
     if of["fixed"]:
         saved = 1 - _median(of["kvpsi"], "peak_rss_mib") / max(1.0, _median(of["fixed"], "peak_rss_mib"))
         found.append(Figure("peak_rss_saved", saved, "of fixed", 0.40, ">="))
     for other in ("fixed", "prune"):
-        if of[other]:  # the inverse of "so many times lower": a neighbour that never stalled has no such number
-            stalled = _median(of[other], "hog_stall")
-            ratio = _median(of["kvpsi"], "hog_stall") / stalled if stalled else 0.0
+        stalled = _median(of[other], "hog_stall") if of[other] else 0.0
+        if stalled:  # the inverse of "so many times lower": a neighbour that never stalled has no such number
+            ratio = _median(of["kvpsi"], "hog_stall") / stalled
             found.append(Figure(f"hog_stall_to_{other}", ratio, "", 0.20, "<="))
     found += _step_figures(runs, "kvpsi") + _alone_figures(runs) + _reading_figures(runs)
     for variant in get_args(Variant):
@@ -151,7 +153,7 @@ def _alone_figures(runs: Sequence[Run]) -> list[Figure]:
         t.seconds
         for tokens, afterwards in both
         for t in tokens
-        if not t.gave and t.kv_cells <= _AS_SMALL * statistics.median(a.kv_cells for a in afterwards)
+        if not t.gave and abs(t.kv_cells / statistics.median(a.kv_cells for a in afterwards) - 1) <= _AS_SMALL
     ]
     if not alone or not pressed:
         return []
@@ -181,13 +183,16 @@ def _median(rows: Iterable[Row], name: str) -> float:
     return float(statistics.median(getattr(row, name) for row in rows))
 
 
-def document_of(plan: Plan, runs: Sequence[Run], *, interrupted: bool, raw: Sequence[str]) -> dict[str, object]:
+def document_of(
+    plan: Plan, runs: Sequence[Run], *, interrupted: bool, raw: Sequence[str], problems: Sequence[str]
+) -> dict[str, object]:
     """All of it as one JSON-ready document."""
     return {
         "plan": {**asdict(plan), "model": plan.model.name},
         "interrupted": interrupted,
         "runs": [asdict(row_of(run)) for run in runs],
         "figures": [f.as_json() for f in figures_of(runs)],
+        "problems": list(problems),
         "raw": list(raw),
     }
 
@@ -216,8 +221,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: bool) -> list[str]:
-    """Write everything into a folder; the paths.
+def write_files(
+    folder: Path,
+    plan: Plan,
+    runs: Sequence[Run],
+    pictures: Sequence[str] = (),
+    *,
+    interrupted: bool,
+    problems: Sequence[str] = (),
+) -> dict[str, object]:
+    """Write everything into a folder; the document, which names what there is.
 
     Raises:
         OSError: the folder cannot be written.
@@ -236,10 +249,10 @@ def write_files(folder: Path, plan: Plan, runs: Sequence[Run], *, interrupted: b
     samples = ((run.variant, run.round_number, *astuple(sample)) for run in runs for sample in run.samples)
     _write_csv(paths[2], ["variant", "round", *Sample.names()], samples)
     paths[3].write_text(markdown(rows))
-    raw = [str(path) for path in paths]
-    document = document_of(plan, runs, interrupted=interrupted, raw=raw)
+    raw = [*map(str, paths), *pictures]
+    document = document_of(plan, runs, interrupted=interrupted, raw=raw, problems=problems)
     paths[4].write_text(json.dumps(document, indent=2, default=str) + "\n")
-    return raw
+    return document
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

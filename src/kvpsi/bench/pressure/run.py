@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.conversation import saved
 from kvpsi.bench.pressure.plan import Plan
 from kvpsi.bench.pressure.play import Run, play
 from kvpsi.bench.pressure.plots import plot
 from kvpsi.bench.pressure.report import document_of, write_files
+from kvpsi.bench.processes import see_that_boards_can_be_made
 
 Report = Callable[[str], None]
 
@@ -25,31 +25,36 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     runs: list[Run] = []
     problems: list[str] = []
     interrupted = False
-    with tempfile.TemporaryDirectory(prefix="kvpsi-pressure-") as folder:
-        try:
-            report(f"reading a conversation of {plan.prompt_tokens} tokens")
-            talk = Conversation(plan.n_ctx, plan.prompt_tokens, Path(folder) / "prompt.state")
-            save(plan.model, talk)
+    try:
+        see_that_boards_can_be_made(plan.board)
+        report(f"reading a conversation of {plan.prompt_tokens} tokens")
+        with saved(plan.model, plan.n_ctx, plan.prompt_tokens) as talk:
             for number in range(plan.rounds):
                 for variant in plan.order(number):
                     if runs:
                         time.sleep(plan.cooldown_s)
                     report(f"round {number + 1} of {plan.rounds}: {variant}")
                     runs.append(play(plan, talk, variant, number + 1))
-                    _write(out_dir, plan, runs, interrupted=True, problems=problems)
-        except KeyboardInterrupt:
-            interrupted = True
-    raw = _write(out_dir, plan, runs, interrupted=interrupted, problems=problems)
+                    _write(out_dir, plan, runs, [], interrupted=True, problems=problems)
+    except KeyboardInterrupt:
+        interrupted = True
+    pictures: list[str] = []
     try:
-        raw += plot(out_dir, plan, runs)
+        pictures = plot(out_dir, plan, runs)
     except (ImportError, OSError) as error:
         problems.append(f"There are no plots ({error}); `pip install kvpsi[bench]` installs what they need.")
-    return {**document_of(plan, runs, interrupted=interrupted, raw=raw), "problems": sorted(set(problems))}
+    return _write(out_dir, plan, runs, pictures, interrupted=interrupted, problems=problems)
 
 
-def _write(out_dir: Path, plan: Plan, runs: list[Run], *, interrupted: bool, problems: list[str]) -> list[str]:
-    try:
-        return write_files(out_dir, plan, runs, interrupted=interrupted)
-    except OSError as error:
-        problems.append(f"{out_dir} cannot be written ({error.strerror}), so there are no files.")
-        return []
+def _write(
+    out_dir: Path, plan: Plan, runs: list[Run], pictures: list[str], *, interrupted: bool, problems: list[str]
+) -> dict[str, Any]:
+    """Write down what there is so far; the document of it. Without any run what an earlier bench left there stays."""
+    if runs:
+        try:
+            return write_files(out_dir, plan, runs, pictures, interrupted=interrupted, problems=problems)
+        except OSError as error:
+            sentence = f"{out_dir} cannot be written ({error.strerror}), so there are no files."
+            if sentence not in problems:
+                problems.append(sentence)
+    return document_of(plan, runs, interrupted=interrupted, raw=pictures, problems=problems)

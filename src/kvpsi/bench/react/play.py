@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -12,8 +13,11 @@ from typing import Literal
 
 from kvpsi.bench.conversation import Conversation, forget_cached_pages
 from kvpsi.bench.lines import said
+from kvpsi.bench.processes import must_have_been_killed
 from kvpsi.board import Board, BoardSettings, open_board
+from kvpsi.errors import EnvironmentProblem, KvpsiError
 from kvpsi.hog import Hog, HogSettings
+from kvpsi.units import format_bytes
 
 Reactor = Literal["kvpsi", "avg10"]
 Doing = Literal["decoding", "reading"]
@@ -37,6 +41,7 @@ class Burst:
             did not within the burst.
         waited_s: seconds that were watched.
         returned_bytes: what went back in all.
+        kills: processes that the kernel killed on the board.
     """
 
     reactor: Reactor
@@ -46,6 +51,12 @@ class Burst:
     relieved_s: float | None
     waited_s: float
     returned_bytes: int
+    kills: int = 0
+
+    @property
+    def made_pressure(self) -> bool:
+        """Whether there was anything to react to."""
+        return self.onset_s is not None or self.gave_s is not None or self.kills > 0
 
     @property
     def reaction_s(self) -> float | None:
@@ -61,7 +72,8 @@ def play(
     """Make one burst.
 
     Raises:
-        EnvironmentProblem: no board can be made here.
+        EnvironmentProblem: no board can be made here, or the kernel does not count its stall.
+        KvpsiError: the model failed, or does not even fit on the board alone.
     """
     for file in (model, conversation.state):
         forget_cached_pages(file)
@@ -71,7 +83,14 @@ def play(
         command = [sys.executable, "-m", "kvpsi.bench.react.subject", reactor, doing, argument, averages]
         process = board.start(command, group="model", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
-        process.stdout.readline()
+        if board.stall_s("model") is None:
+            raise EnvironmentProblem(
+                "The kernel counts no stall of a board here: it needs PSI (psi=1 on its command line) and cgroup "
+                "version 2, which may be beside version 1."
+            )
+        if not process.stdout.readline():
+            must_have_been_killed(process)
+            raise KvpsiError(f"The model does not fit on a board of {format_bytes(memory_bytes)}; raise --memory.")
         time.sleep(1.0)
         gave: list[tuple[float, int]] = []
         listener = threading.Thread(target=_listen, args=(process, gave))
@@ -84,12 +103,16 @@ def play(
         waited_s = time.monotonic() - began
         neighbour.end()
         neighbour.wait()
-        process.stdin.close()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
         process.wait()
         listener.join()
+        if process.returncode != 0:
+            must_have_been_killed(process)
+        kills = board.figures().kills
     after = [(t, n) for t, n in gave if t >= began]
     first = after[0][0] - began if after else None
-    return Burst(reactor, doing, onset, first, relieved, waited_s, sum(n for _, n in after))
+    return Burst(reactor, doing, onset, first, relieved, waited_s, sum(n for _, n in after), kills)
 
 
 def _listen(process: subprocess.Popen[str], gave: list[tuple[float, int]]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from kvpsi.bench.conversation import Conversation, save
+from kvpsi.bench.conversation import saved
 from kvpsi.bench.figures import Figure, quantile
+from kvpsi.bench.processes import see_that_boards_can_be_made
 from kvpsi.bench.react.play import Burst, Doing, Reactor, play
+from kvpsi.bench.react.subject import PROMPT_TOKENS
+from kvpsi.bench.table import Table
+from kvpsi.board import BoardSettings
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
 
@@ -42,30 +45,40 @@ class Plan:
     def __post_init__(self) -> None:
         if self.bursts < 1:
             raise UsageError(f"{self.bursts} bursts show nothing; give at least 1 with --bursts.")
+        most = self.n_ctx - 2 * PROMPT_TOKENS
+        if not 1 <= self.n_tokens <= most:
+            raise UsageError(f"The model cannot hold {self.n_tokens} tokens here; give 1 to {most} with --tokens.")
 
 
-def run(plan: Plan, report: Report) -> dict[str, Any]:
-    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then."""
+def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
+    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then.
+
+    Every burst is written down when it is over. A disk that is full does not end the bench: ``problems`` says so.
+    """
+    table = Table(out_dir / "bursts.csv")
     bursts: list[Burst] = []
     interrupted = False
-    with tempfile.TemporaryDirectory(prefix="kvpsi-react-") as folder:
-        try:
-            report(f"reading a conversation of {plan.n_tokens} tokens")
-            talk = Conversation(plan.n_ctx, plan.n_tokens, Path(folder) / "full.state")
-            save(plan.model, talk)
+    try:
+        see_that_boards_can_be_made(BoardSettings(plan.memory_bytes, "zram"))
+        report(f"reading a conversation of {plan.n_tokens} tokens")
+        with saved(plan.model, plan.n_ctx, plan.n_tokens) as talk:
             for number in range(plan.bursts):
                 kinds = [(r, d) for r in get_args(Reactor) for d in get_args(Doing)]
                 for reactor, doing in kinds[::-1] if number % 2 else kinds:
                     report(f"bursts, {number + 1} of {plan.bursts}: {reactor} while {doing}")
                     bursts.append(play(reactor, doing, plan.model, talk, plan.memory_bytes, plan.hog))
-        except KeyboardInterrupt:
-            interrupted = True
+                    table.add({**asdict(bursts[-1]), "reaction_s": bursts[-1].reaction_s})
+    except KeyboardInterrupt:
+        interrupted = True
+    calm = sum(not b.made_pressure for b in bursts)
+    idle = [f"{calm} of {len(bursts)} bursts made no pressure and are left out; lower --memory."] if calm else []
     return {
         "plan": {**asdict(plan), "model": plan.model.name},
         "interrupted": interrupted,
         "distributions": _distributions(bursts),
         "figures": [f.as_json() for f in figures_of(bursts)],
-        "raw": [{**asdict(b), "reaction_s": b.reaction_s} for b in bursts],
+        "problems": table.problems + idle,
+        "raw": table.paths,
     }
 
 
@@ -77,6 +90,8 @@ def _distributions(bursts: Sequence[Burst]) -> list[dict[str, object]]:
             reactions = [b.reaction_s for b in mine if b.reaction_s is not None]
             relieved = [b.relieved_s - b.onset_s for b in mine if b.relieved_s is not None and b.onset_s is not None]
             row: dict[str, object] = {"reactor": reactor, "doing": doing, "bursts": len(mine)}
+            row["without_pressure"] = sum(not b.made_pressure for b in mine)
+            row["with_kills"] = sum(b.kills > 0 for b in mine)
             row["without_stall"] = sum(b.onset_s is None for b in mine)
             row["without_release"] = sum(b.gave_s is None for b in mine)
             for name, values in (("reaction", reactions), ("relief", relieved)):
@@ -89,11 +104,15 @@ def _distributions(bursts: Sequence[Burst]) -> list[dict[str, object]]:
 def figures_of(bursts: Sequence[Burst]) -> list[Figure]:
     """The slowest hundredth of kvpsi's reactions, and how many times slower the loop is at the median.
 
-    Where that loop never gave anything back within the burst, the whole burst is its time: a lower bound.
+    Bursts in which there was nothing to react to do not count. Where that loop never gave anything back within the
+    burst, the whole burst is its time: a lower bound.
     """
     found = []
+    if any(b.reactor == "kvpsi" for b in bursts):
+        killed = sum(b.kills for b in bursts if b.reactor == "kvpsi")
+        found.append(Figure("kvpsi.kills", float(killed), "", 0.0, "=="))
     for doing in get_args(Doing):
-        mine = [b for b in bursts if b.doing == doing]
+        mine = [b for b in bursts if b.doing == doing and b.made_pressure]
         kvpsi = [_bounded_s(b) for b in mine if b.reactor == "kvpsi"]
         avg10 = [_bounded_s(b) for b in mine if b.reactor == "avg10"]
         if kvpsi:
@@ -105,7 +124,5 @@ def figures_of(bursts: Sequence[Burst]) -> list[Figure]:
 
 
 def _bounded_s(burst: Burst) -> float:
-    """The reaction; where there was none after a stall, the time that was waited for it."""
-    if burst.reaction_s is not None:
-        return burst.reaction_s
-    return burst.waited_s - burst.onset_s if burst.onset_s is not None else 0.0
+    """The reaction; where there was none, the time that was waited for it."""
+    return burst.waited_s - (burst.onset_s or 0.0) if burst.reaction_s is None else burst.reaction_s

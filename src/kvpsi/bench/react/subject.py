@@ -26,7 +26,7 @@ from kvpsi.pressure.psi import parse_pressure
 _POLL_S = 0.1
 _AVG10_THRESHOLD = 0.10
 _STEP = 0.20
-_PROMPT_TOKENS = 512
+PROMPT_TOKENS = 512
 
 
 class Teller(Instrument):
@@ -50,10 +50,10 @@ def follow_avg10(governed: GovernedLlama, pressure_file: Path, ended: threading.
 
 
 def _work(llm: llama_cpp.Llama, doing: str, ended: threading.Event) -> None:
-    prompt = text_tokens(llm, _PROMPT_TOKENS)
+    prompt = text_tokens(llm, PROMPT_TOKENS)
     depth = llm.n_tokens
     while not ended.is_set():
-        if llm.n_tokens + _PROMPT_TOKENS >= llm.n_ctx():
+        if llm.n_tokens + PROMPT_TOKENS >= llm.n_ctx():
             llm.n_tokens = depth
         with contextlib.suppress(CacheRefusedError):
             llm.eval(prompt if doing == "reading" else [llm.sample(temp=0.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ def react(
     bursts: Annotated[int, typer.Option("--bursts", help="For each reactor, decoding and reading.")] = 10,
     memory: Annotated[str, typer.Option("--memory", help="Memory of the board, which has zram besides.")] = "600M",
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens that the model holds, of 16,384.")] = 8000,
+    out_dir: Annotated[Path, typer.Option("--out-dir", help="Where the raw data goes.")] = Path("out/bench-react"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """From the first stall until memory goes back, beside a loop that follows avg10. Needs root."""
@@ -26,6 +28,6 @@ def react(
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     with status_on_stderr() as say:
-        document = run(Plan(path, bursts, n_tokens=tokens, memory_bytes=memory_bytes), say)
+        document = run(Plan(path, bursts, n_tokens=tokens, memory_bytes=memory_bytes), out_dir, say)
     words = (", ".join(f"{key} {value}" for key, value in row.items()) for row in document["distributions"])
     show(document, as_json=json, words=words)
