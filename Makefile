@@ -45,7 +45,7 @@ $(READY): pyproject.toml
 	    echo "A C++ compiler is missing: run 'apt install g++' as root." >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[serve]' --group dev
 	$(BIN)/kvpsi pull
 	@touch $@
 

@@ -8,7 +8,7 @@ import sys
 # What the standard library has on Unix only is taken away before anything of kvpsi is loaded.
 _AS_ON_WINDOWS = """
 import ctypes, os, select, sys
-import numpy, psutil, llama_cpp, filelock, typer, rich
+import numpy, psutil, llama_cpp, filelock, typer, rich, fastapi, uvicorn, prometheus_client
 for name in ("fcntl", "resource", "pwd", "grp"):
     sys.modules[name] = None
 sys.platform = "win32"

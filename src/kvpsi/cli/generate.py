@@ -16,6 +16,7 @@ from kvpsi import models, units
 from kvpsi.cli.output import print_json
 from kvpsi.cli.prompt import whole_prompt
 from kvpsi.cli.pull import progress_on_stderr
+from kvpsi.cli.settings import cache_settings, law_settings
 from kvpsi.errors import CacheRefusedError, EnvironmentProblem, ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def generate(
         raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     load = LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type)
     sampling = Sampling(n_predict, temperature, seed, repeat_penalty)
-    cache = _cache_settings(keep, tail, min_prune)
-    law = _law_settings(reserve, regrow_above)
+    cache = cache_settings(keep, tail, min_prune)
+    law = law_settings(reserve, regrow_above)
     share = units.parse_share(cache_limit)
     files = file or []
     text = whole_prompt(prompt, files)
@@ -91,31 +92,6 @@ def generate(
         _tell(written, answer.report, json)
     if events is not None:
         events.raise_if_incomplete()
-
-
-def _cache_settings(keep: int, tail: int, min_prune: int) -> CacheSettings:
-    from kvpsi.kv import CacheSettings
-
-    for option, n_tokens, least in (("--keep", keep, 0), ("--tail", tail, 0), ("--min-prune", min_prune, 1)):
-        if n_tokens < least:
-            raise UsageError(f"{option} is {n_tokens} tokens, which cannot be; give {least} or more.")
-    return CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
-
-
-def _law_settings(reserve: str, regrow_above: str) -> LawSettings:
-    from kvpsi.governor import LawSettings
-
-    low_bytes, high_bytes = _size_or_auto(reserve), _size_or_auto(regrow_above)
-    if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
-        raise UsageError(
-            f"--regrow-above {regrow_above} is below --reserve {reserve}, so the cache would grow and shrink at once; "
-            "raise --regrow-above, or lower --reserve."
-        )
-    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes)
-
-
-def _size_or_auto(text: str) -> int | None:
-    return None if text == "auto" else units.parse_bytes(text)
 
 
 def _refuse_overwriting(log: Path | None, *inputs: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import __version__
-from kvpsi.cli import bench, board, doctor, generate, hog, pull
+from kvpsi.cli import bench, board, doctor, generate, hog, pull, serve
 from kvpsi.cli.output import one_line
 from kvpsi.errors import KvpsiError
 
@@ -35,6 +35,7 @@ app.add_typer(board.app, name="board")
 app.command()(doctor.doctor)
 app.command()(hog.hog)
 app.command()(pull.pull)
+app.command()(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -17,6 +17,7 @@ import llama_cpp
 
 from kvpsi.engines.attach import Attachment
 from kvpsi.engines.caches import ONLY_SEQUENCE, MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
+from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.instrument import Instrument, guarded
@@ -24,7 +25,7 @@ from kvpsi.kv import CacheSettings, GatedCache, RebuildSettings
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
-from kvpsi.pressure import LinuxSource, MonitorSettings, PressureSource, Trigger, open_best_trigger, open_source
+from kvpsi.pressure import MonitorSettings, PressureSource, Trigger
 
 log = logging.getLogger("kvpsi")
 
@@ -322,9 +323,7 @@ def _sensing(llm: llama_cpp.Llama, source: PressureSource | None) -> tuple[Press
     """The given source, which gets no trigger, or this machine's kernel with the best trigger there is."""
     if source is not None:
         return source, None
-    readings = open_source(working_set_file_bytes=int(llama_cpp.llama_model_size(llm.model)))
-    own = readings.cgroups.pressure if isinstance(readings, LinuxSource) else None
-    return readings, open_best_trigger(own.path if own else None)[0]
+    return best_sensing(int(llama_cpp.llama_model_size(llm.model)))
 
 
 def set_cache_limit(share: float) -> None:

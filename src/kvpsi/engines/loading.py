@@ -191,6 +191,22 @@ def fitting_context(
     )
 
 
+def load_model(path: Path, load: LoadSettings) -> LlamaModel:
+    """Load the weights alone.
+
+    Raises:
+        ModelFileError: llama.cpp would not load them.
+    """
+    check_gguf(path)
+    params = llama_cpp.llama_model_default_params()
+    params.use_mlock = load.lock_weights
+    try:
+        with _interrupted_afterwards():
+            return LlamaModel(path_model=str(path), params=params, verbose=False)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ModelFileError(f"llama.cpp cannot load {path} ({error}); fetch the file again or use another.") from error
+
+
 def open_llama(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
     """Load a model with flash attention, so that whole rows of K and V lie together and can be given back.
 

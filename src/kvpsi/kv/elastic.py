@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import mmap
 from collections.abc import Callable, Sequence
 
 import llama_cpp
@@ -29,7 +30,7 @@ from kvpsi.kv.gated import (
     Trim,
     exclusive,
 )
-from kvpsi.kv.layout import discover
+from kvpsi.kv.layout import discover, seq_state_apart
 from kvpsi.kv.policies import EvictionPolicy, Streaming
 from kvpsi.kv.policies.base import CellView, view_of
 from kvpsi.kv.run import Plans, Run, open_run
@@ -183,18 +184,20 @@ class ElasticCache(GatedCache):
     def _next_pos(self, batch: llama_cpp.llama_batch) -> int:
         return 0 if batch.pos else self.trackers[0].mirror.stream_of(0).pos_max(0) + 1
 
-    def _most_at_once(self) -> int:
+    def most_at_once(self) -> int:
         """Shorter pieces the more there is to attend to: a decode that is to stop does so between two nodes of its
         graph, and the longest of them takes time in proportion to both, shared by the threads."""
         by_depth = _MOST_PAIRS * int(llama_cpp.llama_n_threads_batch(self.ctx)) // max(1, self.used_cells)
         even = 1 << max(_LEAST_PIECE_TOKENS, by_depth).bit_length() - 1  # no remainders, which are slow
-        return min(super()._most_at_once(), even)
+        return min(super().most_at_once(), even)
 
     @property
     def _gate(self) -> tuple[int, int]:
         return self.limit_cells, self.cap_cells
 
-    def decode(self, batch: llama_cpp.llama_batch, *, divisible: bool = False) -> int:
+    def decode(
+        self, batch: llama_cpp.llama_batch, *, divisible: bool = False, return_when_stopped: bool = False
+    ) -> int:
         """`llama_decode`, through the allocation gate; see `GatedCache.decode`."""
         with self._busy:
             run = self._run
@@ -205,7 +208,9 @@ class ElasticCache(GatedCache):
                     if code != DECODE_ABORTED:
                         return code
                     self._note_interrupt(1)
-            return super().decode(batch, divisible=divisible)
+                    if return_when_stopped:
+                        return code
+            return super().decode(batch, divisible=divisible, return_when_stopped=return_when_stopped)
 
     def _decode_next(
         self, run: Run, batch: llama_cpp.llama_batch, token: tuple[int, int], *, stoppable: bool = True
@@ -406,6 +411,15 @@ class ElasticCache(GatedCache):
         llama_cpp.llama_memory_seq_div(self._memory, seq_id, p0, p1, divisor)
         self._each_stream(seq_id, lambda s: s.seq_div(seq_id, p0, p1, divisor))
         self._rewritten = True
+
+    @exclusive
+    def save_sequence(self, seq_id: int) -> mmap.mmap:
+        """`llama_state_seq_get_data` into memory of its own, which goes back to the system when it is closed.
+
+        Raises:
+            LayoutError: llama.cpp saved nothing.
+        """
+        return seq_state_apart(self.ctx, seq_id)
 
     @exclusive
     def load_sequence(self, state: StateBytes, seq_id: int) -> bool:

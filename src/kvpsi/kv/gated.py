@@ -239,12 +239,16 @@ class GatedCache(ABC):
     # -- decoding ------------------------------------------------------------------------------------------------
 
     @exclusive
-    def decode(self, batch: llama_cpp.llama_batch, *, divisible: bool = False) -> int:
+    def decode(
+        self, batch: llama_cpp.llama_batch, *, divisible: bool = False, return_when_stopped: bool = False
+    ) -> int:
         """`llama_decode`, through the allocation gate.
 
         Args:
             divisible: the caller reads only the logits of the last token, by index -1. Then the batch may be cut into
                 pieces, and be interrupted to make room and go on.
+            return_when_stopped: any batch may be interrupted to make room; then nothing of it was decoded, and
+                ``DECODE_ABORTED`` comes back.
 
         Returns:
             llama_decode's code.
@@ -254,7 +258,7 @@ class GatedCache(ABC):
         """
         tokens = read_batch(batch, self._next_pos(batch))
         divisible = divisible and len(tokens) > 1 and tokens.n_outputs <= 1 and not batch.embd
-        stoppable = divisible or (len(tokens) == 1 and not batch.embd)
+        stoppable = not batch.embd and (divisible or len(tokens) == 1 or return_when_stopped)
         start = 0
         stopped = False
         while start < len(tokens):
@@ -262,7 +266,7 @@ class GatedCache(ABC):
             self._resize_if_due()
             size = len(tokens) - start
             if divisible:
-                size = min(size, self._most_at_once())
+                size = min(size, self.most_at_once())
             whole = size == len(tokens)
             piece = tokens if whole else _piece(tokens, start, size)
             self._make_room(size)
@@ -277,6 +281,8 @@ class GatedCache(ABC):
             stopped = code == DECODE_ABORTED and stoppable
             if stopped:
                 self._note_interrupt(size)
+                if return_when_stopped:
+                    return code
                 continue
             if code != DECODE_OK:
                 return code
@@ -306,7 +312,7 @@ class GatedCache(ABC):
     def _resize_if_due(self) -> None:  # noqa: B027 - most caches have no size of their own
         """Follow the gate where that takes more than evicting."""
 
-    def _most_at_once(self) -> int:
+    def most_at_once(self) -> int:
         """Most tokens of a piece: what llama.cpp computes at once, under a limit what evicting can make room for."""
         most = min(self.max_chunk_tokens or self._n_ubatch, self._n_ubatch)
         if self.allowed_cells < self.n_cells:

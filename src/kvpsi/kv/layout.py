@@ -8,6 +8,7 @@ allocation order (K0 V0 K1 V1 …, each ``bytes_per_cell x cells x streams``) pu
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,24 @@ def seq_state(ctx: llama_cpp.llama_context_p, seq_id: int) -> bytes:
     buffer = (ctypes.c_uint8 * size)()
     written = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, seq_id)
     return ctypes.string_at(buffer, written)
+
+
+def seq_state_apart(ctx: llama_cpp.llama_context_p, seq_id: int) -> mmap.mmap:
+    """The same in pages of its own, which go back to the system when it is closed.
+
+    Raises:
+        LayoutError: llama.cpp saved nothing.
+    """
+    size = max(1, llama_cpp.llama_state_seq_get_size(ctx, seq_id))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    state = mmap.mmap(-1, size, **private)
+    buffer = (ctypes.c_uint8 * size).from_buffer(state)
+    written = llama_cpp.llama_state_seq_get_data(ctx, buffer, size, seq_id)
+    del buffer  # it may not be closed as long as something refers to it
+    if written != size:
+        state.close()
+        raise LayoutError(f"llama.cpp saved {written} instead of {size} bytes of sequence {seq_id}.")
+    return state
 
 
 def _decode_probe(ctx: llama_cpp.llama_context_p, token: int, seq_id: int) -> None:

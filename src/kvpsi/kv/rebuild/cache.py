@@ -112,9 +112,9 @@ class RebuiltCache(ResizedCache):
         self._touch()
         self._shrink_if_due()
 
-    def _most_at_once(self) -> int:
+    def most_at_once(self) -> int:
         room = self._reachable_cells() - self.settings.keep - self._tail
-        return min(super()._most_at_once(), max(room, self.settings.min_prune))
+        return min(super().most_at_once(), max(room, self.settings.min_prune))
 
     def _make_room(self, n_tokens: int) -> None:
         self._have_cells(n_tokens)

@@ -1,0 +1,114 @@
+"""``kvpsi serve``: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpsi import models, units
+from kvpsi.cli.output import one_line
+from kvpsi.cli.pull import progress_on_stderr
+from kvpsi.cli.settings import cache_settings, law_settings
+from kvpsi.errors import EnvironmentProblem, UsageError
+
+
+def serve(
+    model: Annotated[str, typer.Option("--model", "-m", envvar="KVPSI_MODEL", help="As for `kvpsi pull`.")] = "default",
+    alias: Annotated[str, typer.Option("--alias", envvar="KVPSI_ALIAS", help="What clients call it.")] = "",
+    host: Annotated[str, typer.Option("--host", envvar="KVPSI_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", envvar="KVPSI_PORT", help="Port, 0: a free one.")] = 8080,
+    ctx: Annotated[
+        int, typer.Option("--ctx-size", "--ctx", "-c", envvar="KVPSI_CTX_SIZE", help="Tokens of all conversations.")
+    ] = 0,
+    parallel: Annotated[int, typer.Option("--parallel", "-np", envvar="KVPSI_PARALLEL", help="Answers at once.")] = 8,
+    threads: Annotated[int, typer.Option("--threads", "-t", envvar="KVPSI_THREADS", help="0: as many as can run.")] = 0,
+    kv_type: Annotated[str, typer.Option("--kv-type", envvar="KVPSI_KV_TYPE", help="f16 or q8_0.")] = "f16",
+    api_key: Annotated[
+        list[str] | None, typer.Option("--api-key", envvar="KVPSI_API_KEY", help="May be repeated; default: none.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", envvar="KVPSI_CHAT_TEMPLATE", help="A file with a Jinja template.")
+    ] = None,
+    queue: Annotated[int, typer.Option("--queue", envvar="KVPSI_QUEUE", help="Requests that may wait.")] = 64,
+    queue_timeout_s: Annotated[
+        float, typer.Option("--queue-timeout-s", envvar="KVPSI_QUEUE_TIMEOUT_S", help="How long a request may wait.")
+    ] = 60.0,
+    max_body: Annotated[str, typer.Option("--max-body", envvar="KVPSI_MAX_BODY", help="Largest request.")] = "8M",
+    keep: Annotated[
+        int, typer.Option("--keep", envvar="KVPSI_KEEP", help="First tokens that are never forgotten.")
+    ] = 16,
+    tail: Annotated[
+        int, typer.Option("--tail", envvar="KVPSI_TAIL", help="Last tokens that are never forgotten.")
+    ] = 256,
+    min_prune: Annotated[
+        int, typer.Option("--min-prune", envvar="KVPSI_MIN_PRUNE", help="Least tokens forgotten at once.")
+    ] = 64,
+    cache_limit: Annotated[
+        str, typer.Option("--cache-limit", envvar="KVPSI_CACHE_LIMIT", help="Most of the cache to use: 70%, 0.7.")
+    ] = "100%",
+    reserve: Annotated[
+        str, typer.Option("--reserve", envvar="KVPSI_RESERVE", help="Headroom to keep free: 64M; auto.")
+    ] = "auto",
+    regrow_above: Annotated[
+        str, typer.Option("--regrow-above", envvar="KVPSI_REGROW_ABOVE", help="Headroom from which to grow back.")
+    ] = "auto",
+    log: Annotated[
+        Path | None, typer.Option("--log", envvar="KVPSI_LOG", help="Write decisions as JSON lines.")
+    ] = None,
+    no_govern: Annotated[bool, typer.Option("--no-govern", help="Never give memory back, for comparison.")] = False,
+) -> None:
+    """Serve a model behind OpenAI's API until Ctrl-C; its memory shrinks when others need it."""
+    from kvpsi.engines.loading import LoadSettings, show_errors_only
+
+    try:
+        from kvpsi.serving.engine import EngineSettings
+        from kvpsi.serving.server import ServerSettings, serve
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"The server needs packages that are not installed ({error.name}): `pip install kvpsi[serve]` does that."
+        ) from error
+    from kvpsi.cli.eventlog import EventLog
+
+    if log is not None and no_govern:
+        raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
+    show_errors_only()
+    with progress_on_stderr() as report:
+        path = models.pull(model, report)
+    settings = ServerSettings(
+        model=path,
+        alias=alias or ("" if model == "default" else Path(model).stem),
+        host=host,
+        port=port,
+        load=LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type),
+        engine=EngineSettings(parallel=parallel, most_waiting=queue),
+        cache=cache_settings(keep, tail, min_prune),
+        law=law_settings(reserve, regrow_above),
+        cache_limit=units.parse_share(cache_limit),
+        api_keys=tuple(key for key in api_key or () if key),
+        chat_template=_text_of(chat_template),
+        queue_timeout_s=queue_timeout_s,
+        most_body_bytes=units.parse_bytes(max_body),
+        govern=not no_govern,
+    )
+    with contextlib.ExitStack() as stack:
+        events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
+        serve(settings, _say, events)
+    if events is not None:
+        events.raise_if_incomplete()
+
+
+def _text_of(template: Path | None) -> str | None:
+    if template is None:
+        return None
+    try:
+        return template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The chat template {template} cannot be read ({error}).") from error
+
+
+def _say(text: str) -> None:
+    print(f"kvpsi: {one_line(text)}", file=sys.stderr, flush=True)

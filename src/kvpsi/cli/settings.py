@@ -1,0 +1,39 @@
+"""Options that several commands have, as settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvpsi import units
+from kvpsi.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvpsi.governor import LawSettings
+    from kvpsi.kv import CacheSettings
+
+
+def cache_settings(keep: int, tail: int, min_prune: int) -> CacheSettings:
+    """What --keep, --tail and --min-prune ask for."""
+    from kvpsi.kv import CacheSettings
+
+    for option, n_tokens, least in (("--keep", keep, 0), ("--tail", tail, 0), ("--min-prune", min_prune, 1)):
+        if n_tokens < least:
+            raise UsageError(f"{option} is {n_tokens} tokens, which cannot be; give {least} or more.")
+    return CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
+
+
+def law_settings(reserve: str, regrow_above: str) -> LawSettings:
+    """What --reserve and --regrow-above ask for."""
+    from kvpsi.governor import LawSettings
+
+    low_bytes, high_bytes = _size_or_auto(reserve), _size_or_auto(regrow_above)
+    if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
+        raise UsageError(
+            f"--regrow-above {regrow_above} is below --reserve {reserve}, so the cache would grow and shrink at once; "
+            "raise --regrow-above, or lower --reserve."
+        )
+    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes)
+
+
+def _size_or_auto(text: str) -> int | None:
+    return None if text == "auto" else units.parse_bytes(text)

@@ -1,0 +1,565 @@
+"""The thread that owns the model's context: it answers all requests together, one decode after the other."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import llama_cpp
+import numpy as np
+
+from kvpsi.errors import (
+    CacheRefusedError,
+    EnvironmentProblem,
+    KvpsiError,
+    LayoutError,
+    PromptTooLongError,
+    UsageError,
+)
+from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
+from kvpsi.serving.answer import Answer
+from kvpsi.serving.batch import Batch
+from kvpsi.serving.context import ServedContext
+from kvpsi.serving.memory import CacheMemory
+from kvpsi.serving.prefix import common_prefix
+from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
+from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
+from kvpsi.serving.sessions import Session, Sessions
+from kvpsi.serving.step import Part, plan
+from kvpsi.serving.waiting import QueueFullError, Waiting
+
+log = logging.getLogger("kvpsi")
+R = TypeVar("R")
+
+Deliver = Callable[[list[tuple[Request, Event]]], None]
+
+_LEAST_KEPT_TOKENS = 16
+_LEAST_SHARED_TOKENS = 32
+_RETRY_S = 0.05
+_REFUSED_FOR_S = 30.0
+_PENALTY_TOKENS = 256
+_RECENT_S = 5.0
+_MOST_RECENT = 2048
+
+
+class WaitedTooLongError(KvpsiError):
+    """A request's deadline passed before it was begun. ``retry_after_s`` is when there should be room."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("The request waited too long for its turn; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDownError(KvpsiError):
+    """The engine ends before the answer does."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How requests share the context.
+
+    Attributes:
+        parallel: answers at once.
+        most_waiting: requests that may wait beside them.
+        chunk_beside: tokens of prompts in one decode while somebody's answer is being written.
+    """
+
+    parallel: int = 8
+    most_waiting: int = 64
+    chunk_beside: int = 128
+
+    def __post_init__(self) -> None:
+        most = int(llama_cpp.llama_max_parallel_sequences()) - 1
+        if not 1 <= self.parallel <= most:
+            raise UsageError(f"{self.parallel} answers at once cannot be; give 1 to {most} with --parallel.")
+        if self.most_waiting < 0:
+            raise UsageError(f"A queue for {self.most_waiting} requests cannot be; give 0 or more with --queue.")
+        if self.chunk_beside < 1:
+            raise UsageError("chunk_beside must be at least 1, or no prompt is ever read beside an answer.")
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened so far."""
+
+    decodes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    pauses: int = 0
+    forgotten_tokens: int = 0
+    busy_s: float = 0.0
+
+
+class Engine:
+    """Answers requests until it is closed.
+
+    Args:
+        context: the model with its context, which no other thread may touch.
+        settings: how requests share it.
+        deliver: takes the events of each step at once, in the engine's thread; it must return quickly. By default
+            every request's listener is called.
+    """
+
+    def __init__(
+        self, context: ServedContext, settings: EngineSettings | None = None, deliver: Deliver | None = None
+    ) -> None:
+        self.context = context
+        self.settings = settings or EngineSettings()
+        self.sessions = Sessions()
+        self.memory = CacheMemory(context.cache, self.sessions, self._shrink_if_idle)
+        self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
+        self.counters = Counters()
+        self.running: list[Answer] = []
+        self._deliver = deliver or _tell_listeners
+        self._events: list[tuple[Request, Event]] = []
+        self._free = collections.deque(range(context.n_seq))
+        self._resting: list[_Resting] = []
+        self._paused: dict[Request, Answer] = {}
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._batch = Batch(context.n_batch)
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=_MOST_RECENT)
+        self._closing = False
+        self._idle = False
+        self._refused_since: float | None = None
+        self._was_stopped_at = -1
+        self._seeds = np.random.default_rng()
+        context.cache.on_forgotten = self._note_forgotten
+        self._thread = threading.Thread(target=self._run, name="kvpsi-engine", daemon=True)
+        self._thread.start()
+
+    # -- from any thread -----------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Have a request answered.
+
+        Raises:
+            PromptTooLongError: its prompt does not fit into the context.
+            QueueFullError: too many wait already.
+            ShuttingDownError: the engine is closed.
+        """
+        if self._closing:
+            raise ShuttingDownError("The server is shutting down; send the request elsewhere, or later.")
+        n_prompt, most = len(request.prompt), self.context.n_ctx
+        if n_prompt >= most:
+            raise PromptTooLongError(
+                f"The prompt has {n_prompt} tokens, but the context holds {most} with the answer; shorten it."
+            )
+        with self._lock:
+            try:
+                self.waiting.put(request)
+            except QueueFullError:
+                self.counters.rejected += 1
+                raise
+        self._jobs.put(None)
+
+    def tokens_per_second(self) -> float:
+        """Tokens generated a second, over the last few seconds."""
+        recent = [(t, n) for t, n in tuple(self._recent) if time.monotonic() - t < _RECENT_S]
+        return sum(n for _, n in recent) / _RECENT_S
+
+    def cancel(self, request: Request) -> None:
+        """The answer is not wanted any more; nothing more is said of it."""
+        request.cancelled = True
+        self._jobs.put(None)
+
+    def ask(self, job: Callable[[], R]) -> Future[R]:
+        """Have something done by the engine's thread between two steps."""
+        future: Future[R] = Future()
+
+        def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(job())
+            except BaseException as error:  # whoever asked is told
+                future.set_exception(error)
+
+        if self._closing:
+            future.set_exception(ShuttingDownError("The server is shutting down."))
+        else:
+            self._jobs.put(do)
+        return future
+
+    def close(self) -> None:
+        """End all answers with an error, and the thread; may be called twice. The context stays open."""
+        self._closing = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._take_jobs()
+                self._begin_requests()
+                if self.running:
+                    self._step()
+            except Exception as error:  # one request must not end all others for good
+                log.exception("The engine failed")
+                self._fail_all(EnvironmentProblem(f"The engine failed ({error}); the request may be sent again."))
+            self._flush()
+        self._fail_all(ShuttingDownError("The server is shutting down."))
+        self._flush()
+        self._leave_no_job()
+
+    def _take_jobs(self) -> None:
+        """Do what was asked for; wait for it if there is nothing else to do."""
+        if not self.running:
+            self._idle = True
+            timeout_s = _RETRY_S if len(self.waiting) else None
+            try:
+                job = self._jobs.get(timeout=timeout_s)
+            except queue.Empty:
+                job = None
+            self._idle = False
+            if job is not None:
+                job()
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                job()
+
+    def _leave_no_job(self) -> None:
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job()
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._deliver(events)
+
+    def _emit(self, request: Request, event: Event) -> None:
+        self._events.append((request, event))
+
+    # -- beginning and ending ------------------------------------------------------------------------------------
+
+    def _begin_requests(self) -> None:
+        for answer in [a for a in self.running if a.request.cancelled]:
+            self.counters.cancelled += 1
+            self._end(answer)
+        with self._lock:
+            for request in [r for r in self.waiting if r.cancelled]:
+                self.waiting.discard(request)
+                self._forget_paused(request)
+                self.counters.cancelled += 1
+            late = self.waiting.overdue()
+            retry_s = self.waiting.drain.seconds_for(len(self.waiting) + 1)
+        for request in late:
+            self._forget_paused(request)
+            self.counters.failed += 1
+            self._emit(request, Failed(WaitedTooLongError(retry_s)))
+        while len(self.running) < self.settings.parallel:
+            with self._lock:
+                chosen = self.waiting.take(self._may_begin)
+            if chosen is None:
+                return
+            try:
+                self._begin(chosen)
+            except KvpsiError as error:
+                self.counters.failed += 1
+                self._emit(chosen, Failed(error))
+
+    def _may_begin(self, request: Request) -> bool:
+        """Whether it should not rather wait for another that reads the same, or for room."""
+        prompt = request.prompt
+        for other in self.running:
+            if other.left > 1:
+                shared = common_prefix(other.tokens, prompt)
+                if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
+                    return False
+        return not self.running or self.memory.room_cells() >= len(prompt)
+
+    def _begin(self, request: Request) -> None:
+        answer = self._paused.pop(request, None)
+        if answer is None:
+            seed = int(self._seeds.integers(1 << 32))
+            answer = Answer(request, Sampler(self.context.model, request.sampling, seed), self._emit)
+            for token in request.prompt[-_PENALTY_TOKENS:] if request.sampling.penalizes else ():
+                answer.sampler.accept(token)
+        seq_id, n_done = self._reuse(answer)
+        answer.begin(seq_id, n_done)
+        self.counters.cached_tokens += n_done
+        self.counters.prompt_tokens += len(answer.tokens) - n_done
+        self.running.append(answer)
+
+    def _reuse(self, answer: Answer) -> tuple[int, int]:
+        """A sequence that holds as many of its first tokens as there are anywhere; the last one is decoded anew."""
+        cache, tokens, pin = self.context.cache, answer.tokens, answer.request.pin
+        most = len(tokens) - 1
+        resting = max(self._resting, key=lambda r: common_prefix(r.tokens, tokens), default=None)
+        n_resting = min(most, common_prefix(resting.tokens, tokens)) if resting else 0
+        saved = self.sessions.best(tokens, pin)
+        n_saved = min(most, saved.n_tokens) if saved else 0
+        running = [(min(most, self._shared_with(other, tokens)), other) for other in self.running]
+        n_running, source = max(running, key=lambda each: each[0], default=(0, None))
+
+        if resting is not None and n_resting >= max(n_saved, n_running, 1) and 2 * n_resting >= len(resting.tokens):
+            self._resting.remove(resting)
+            self._park_resting()
+            if len(resting.tokens) > n_resting:
+                cache.seq_rm(resting.seq_id, n_resting, -1)
+            return resting.seq_id, n_resting
+        self._park_resting()
+        saved = self.sessions.best(tokens, pin)  # what rested is among them now, and others may have gone for it
+        n_saved = min(most, saved.n_tokens) if saved else 0
+        seq_id = self._free.popleft()
+        if source is not None and n_running >= max(n_saved, _LEAST_SHARED_TOKENS):
+            cache.seq_cp(source.seq_id, seq_id, 0, n_running)
+            return seq_id, n_running
+        if saved is not None and n_saved >= _LEAST_KEPT_TOKENS and self._load(saved.session, seq_id, n_saved):
+            return seq_id, n_saved
+        return seq_id, 0
+
+    def _shared_with(self, other: Answer, tokens: Sequence[int]) -> int:
+        shared = common_prefix(other.tokens[: other.n_done], tokens)
+        return min(shared, self.context.cache.first_gap(other.seq_id)) if other.forgotten_tokens else shared
+
+    def _load(self, session: Session, seq_id: int, n_tokens: int) -> bool:
+        """Take a saved conversation in; whether that was possible."""
+        cache = self.context.cache
+        self.memory.make_room(len(session.tokens), keeping=session)
+        try:
+            if not cache.load_sequence(session.state, seq_id):
+                return False
+        except (CacheRefusedError, LayoutError):
+            return False
+        if len(session.tokens) > n_tokens:
+            cache.seq_rm(seq_id, n_tokens, -1)
+        if 2 * n_tokens >= len(session.tokens):  # the answer goes on from it
+            self.sessions.remove(session)
+        return True
+
+    def _end(self, answer: Answer) -> None:
+        """Take an answer out; what its sequence holds rests in the cache for whoever asks on."""
+        self.running.remove(answer)
+        answer.sampler.close()
+        held = answer.tokens[: answer.n_done]
+        if answer.forgotten_tokens:
+            gap = self.context.cache.first_gap(answer.seq_id)
+            self.context.cache.seq_rm(answer.seq_id, gap, -1)
+            held = held[:gap]
+        if len(held) < _LEAST_KEPT_TOKENS:
+            self._release(answer.seq_id)
+            return
+        self._resting.append(_Resting(answer.seq_id, held, answer.request.pin))
+        if self.running:
+            self._park_resting()
+
+    def _release(self, seq_id: int) -> None:
+        self.context.cache.seq_rm(seq_id, -1, -1)
+        self._free.append(seq_id)
+
+    def _park_resting(self) -> None:
+        """Save what rests in the cache and take it out, so that nobody has to attend to it."""
+        while self._resting:
+            resting = self._resting.pop()
+            if self.context.cache.trusted and len(resting.tokens) >= _LEAST_KEPT_TOKENS:
+                state = self.context.cache.save_sequence(resting.seq_id)
+                self.sessions.add(Session(resting.tokens, state, resting.pin))
+            self._release(resting.seq_id)
+        self.memory.make_room(0)
+
+    def _forget_paused(self, request: Request) -> None:
+        answer = self._paused.pop(request, None)
+        if answer is not None:
+            answer.sampler.close()
+
+    def _fail_all(self, error: KvpsiError) -> None:
+        with self._lock:
+            waiting = list(self.waiting)
+            for request in waiting:
+                self.waiting.discard(request)
+        for request in waiting:
+            self._forget_paused(request)
+            self._emit(request, Failed(error))
+        for answer in list(self.running):
+            self._emit(answer.request, Failed(error))
+            self.running.remove(answer)
+            answer.sampler.close()
+            self._release(answer.seq_id)
+        self.counters.failed += len(waiting)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        parts = self._fitting_parts()
+        if not parts:
+            return
+        began = time.monotonic()
+        outputs = self._fill(parts)
+        code = self._decode()
+        self.counters.busy_s += time.monotonic() - began
+        if code == DECODE_OK:
+            self._refused_since = None
+            self.counters.decodes += 1
+            for part in parts:
+                part.sequence.n_done += part.n_tokens
+            for answer, index in outputs:
+                self._choose(answer, index)
+            self._recent.append((time.monotonic(), len(outputs)))
+            for answer in [a for a in self.running if a.finished]:
+                self.counters.finished += 1
+                with self._lock:
+                    self.waiting.drain.note_end()
+                self._end(answer)
+        elif code == DECODE_ABORTED:
+            self.memory.make_room(0)
+        elif code == DECODE_NO_ROOM:
+            self._have_less_to_do()
+        else:
+            raise EnvironmentProblem(f"llama_decode returned {code}")
+
+    def _fitting_parts(self) -> list[Part[Answer]]:
+        """What to decode next, after room was made for it; answers are paused where it takes that."""
+        while True:
+            most = min(self.context.n_batch, self.context.cache.most_at_once())
+            parts = plan(self.running, most, self.settings.chunk_beside)
+            missing = self.memory.make_room(sum(p.n_tokens for p in parts))
+            if not missing or len(self.running) < 2:
+                return parts
+            self._pause(self.running[-1])
+
+    def _pause(self, answer: Answer) -> None:
+        """Give up what a running answer holds; it goes on later where it was, after reading it again."""
+        self.running.remove(answer)
+        self._release(answer.seq_id)
+        answer.n_done = 0
+        answer.pauses += 1
+        self.counters.pauses += 1
+        self._paused[answer.request] = answer
+        with self._lock:
+            self.waiting.put_back(answer.request)
+
+    def _fill(self, parts: Sequence[Part[Answer]]) -> list[tuple[Answer, int]]:
+        self._batch.clear()
+        outputs = []
+        for part in parts:
+            answer = part.sequence
+            tokens = answer.tokens[answer.n_done : answer.n_done + part.n_tokens]
+            index = self._batch.add(answer.seq_id, answer.n_done, tokens, output=part.ends)
+            if part.ends:
+                outputs.append((answer, index))
+        return outputs
+
+    def _decode(self) -> int:
+        cache = self.context.cache
+        # what was stopped may be stopped again only if something was given since, or it would never end
+        given = cache.releases + cache.trims + self.sessions.dropped
+        stoppable = given != self._was_stopped_at
+        try:
+            code = cache.decode(self._batch.native, return_when_stopped=stoppable)
+        except CacheRefusedError as error:
+            self._note_refusal(error)
+            return DECODE_ABORTED
+        self._was_stopped_at = given if code == DECODE_ABORTED else -1
+        return code
+
+    def _note_refusal(self, error: CacheRefusedError) -> None:
+        """There is no room for anybody just now: try again in a moment, but not for ever."""
+        now = time.monotonic()
+        self._refused_since = self._refused_since or now
+        if len(self.running) > 1:
+            self._pause(self.running[-1])
+        elif now - self._refused_since > _REFUSED_FOR_S:
+            self._refused_since = None
+            answer = self.running[0]
+            self.counters.failed += 1
+            self._emit(answer.request, Failed(error))
+            self._end(answer)
+        else:
+            time.sleep(_RETRY_S)
+
+    def _have_less_to_do(self) -> None:
+        """The cache has no cell left: somebody has to wait, or the only answer ends where it is."""
+        if len(self.running) > 1:
+            self._pause(self.running[-1])
+            return
+        answer = self.running[0]
+        if answer.writing:
+            answer.finish("length")
+        else:
+            self._emit(answer.request, Failed(PromptTooLongError("The prompt does not fit into the cache.")))
+        self._end(answer)
+
+    def _choose(self, answer: Answer, index: int) -> None:
+        context, request = self.context, answer.request
+        chances = None
+        if request.top_logprobs is not None:
+            chances = log_probabilities(logits_of(context.ctx, index, context.n_vocab).copy())
+        token = answer.sampler.sample(context.ctx, index)
+        self.counters.generated_tokens += 1
+        ends = context.ends_answer(token) and not request.ignore_eos
+        chosen = self._chosen(token, chances, request.top_logprobs or 0) if chances is not None and not ends else None
+        answer.take(token, context.piece(token), ends=ends, chosen=chosen, most_tokens=context.n_ctx)
+
+    def _chosen(self, token: int, chances: Any, n_top: int) -> Chosen:
+        def chance(each: int) -> TokenChance:
+            return TokenChance(each, self.context.piece(each), float(chances[each]))
+
+        likeliest = np.argpartition(chances, -n_top)[-n_top:] if n_top else np.empty(0, dtype=np.intp)
+        ordered = likeliest[np.argsort(-chances[likeliest], kind="stable")]
+        return Chosen(chance(token), tuple(chance(int(each)) for each in ordered))
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def _note_forgotten(self, lost: Forgotten) -> None:
+        for answer in self.running:
+            if answer.seq_id == lost.seq_id:
+                answer.forgotten_tokens += lost.n_tokens
+        for resting in [r for r in self._resting if r.seq_id == lost.seq_id]:
+            resting.tokens = resting.tokens[: lost.first_pos]
+        self.counters.forgotten_tokens += lost.n_tokens
+
+    def _shrink_if_idle(self) -> int | None:
+        """Have memory given if nothing is being answered, and the bytes; None if the engine is busy."""
+        if not self._idle:
+            return None
+        try:
+            return self.ask(self._shrink).result(timeout=1.0)
+        except (TimeoutError, KvpsiError):
+            return None
+
+    def _shrink(self) -> int:
+        """Give what is above the limit: saved conversations, then what rests in the cache, then tokens."""
+        before = self.memory.returned_bytes
+        self.memory.make_room(0)
+        while self._resting and self.memory.missing_cells(0):
+            self._release(self._resting.pop(0).seq_id)
+        self.context.cache.give_now()
+        return self.memory.returned_bytes - before
+
+
+@dataclass(eq=False, slots=True)
+class _Resting:
+    """A conversation that nobody is answering, whose tokens are still in the cache."""
+
+    seq_id: int
+    tokens: list[int]
+    pin: str | None
+
+
+def _tell_listeners(events: list[tuple[Request, Event]]) -> None:
+    for request, event in events:
+        try:
+            request.listener(event)
+        except Exception:  # a listener must not stop what others wait for
+            log.exception("A listener failed")

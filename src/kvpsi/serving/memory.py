@@ -1,0 +1,76 @@
+"""What the server's memory is to a governor: the cache and the saved conversations, under one limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvpsi.kv import GatedCache
+from kvpsi.serving.sessions import Session, Sessions
+from kvpsi.status import CacheStatus
+
+
+class CacheMemory:
+    """A governor's view of both (see `kvpsi.governor.Governed`), and the engine's way to make room.
+
+    The cheapest goes first: saved conversations, of which the least recently used. What comes after them is the
+    engine's to choose.
+
+    Args:
+        cache: of the context.
+        sessions: that lie outside of it.
+        shrink_if_idle: has the engine give what is above the limit, and tells the bytes; None if it is busy.
+    """
+
+    def __init__(self, cache: GatedCache, sessions: Sessions, shrink_if_idle: Callable[[], int | None]) -> None:
+        self.cache = cache
+        self.sessions = sessions
+        self.sessions_returned_bytes = 0
+        self._shrink_if_idle = shrink_if_idle
+
+    @property
+    def returned_bytes(self) -> int:
+        """All that ever went back to the system."""
+        return self.cache.returned_bytes + self.sessions_returned_bytes
+
+    # -- for the governor, from any thread -----------------------------------------------------------------------
+
+    def status(self) -> CacheStatus:
+        """Sizes as of now; saved conversations count as in use."""
+        inner = self.cache.status()
+        used = min(inner.capacity_bytes, inner.used_bytes + self.sessions.n_bytes)
+        return CacheStatus(inner.capacity_bytes, used, inner.floor_bytes, self.returned_bytes, inner.loading_bytes)
+
+    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
+        """Set the gate of the cache, which counts for the saved conversations as well."""
+        self.cache.set_limit(limit_bytes, chunk_tokens)
+
+    def give_now(self) -> int | None:
+        """Have the engine shrink to the limit if it is idle; the bytes given, None if it is busy."""
+        return self._shrink_if_idle()
+
+    def interrupt(self) -> bool:
+        """Stop what is being decoded, so that room is made first."""
+        return self.cache.interrupt()
+
+    # -- for the engine's thread ---------------------------------------------------------------------------------
+
+    def room_cells(self) -> int:
+        """Cells that could be taken if all saved conversations were dropped."""
+        return max(0, self.cache.allowed_cells - self.cache.used_cells)
+
+    def missing_cells(self, n_tokens: int) -> int:
+        """Cells that would have to go before so many more can be taken."""
+        saved_cells = -(-self.sessions.n_bytes // self.cache.bytes_per_cell)
+        return max(0, self.cache.used_cells + saved_cells + n_tokens - self.cache.allowed_cells)
+
+    def make_room(self, n_tokens: int, keeping: Session | None = None) -> int:
+        """Drop saved conversations until so many cells more can be taken; the cells that are missing all the same.
+
+        ``keeping`` is not dropped.
+        """
+        while missing := self.missing_cells(n_tokens):
+            n_bytes = self.sessions.drop_one(keeping)
+            if not n_bytes:
+                return missing
+            self.sessions_returned_bytes += n_bytes
+        return 0

@@ -1,0 +1,89 @@
+"""What is measured, in the names that dashboards for llama.cpp and vLLM know, and kvpsi's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvpsi.serving.status import Status, StatusSource
+
+_TIME_TO_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_INTER_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_WHOLE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Latencies:
+    """Histograms that the service fills.
+
+    Args:
+        registry: where they are registered.
+        model: what the model is called.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ["model_name"], registry=registry, buckets=buckets).labels(model)
+
+        self.first_token = histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _TIME_TO_FIRST_TOKEN_S
+        )
+        self.inter_token = histogram("vllm:inter_token_latency_seconds", "From token to token.", _INTER_TOKEN_S)
+        self.whole = histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", _WHOLE_S)
+        self.queued = histogram("vllm:request_queue_time_seconds", "From arrival to the beginning.", _WHOLE_S)
+
+
+class StatusCollector(Collector):
+    """Everything else, as it is when it is asked for."""
+
+    def __init__(self, source: StatusSource) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics."""
+        s = self._source()
+        for name, text, value in _counters(s):
+            yield CounterMetricFamily(name, text, value=value)
+        for name, text, value in _gauges(s):
+            yield GaugeMetricFamily(name, text, value=value)
+
+
+def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
+    yield "llamacpp:prompt_tokens", "Tokens of prompts that were read.", s.prompt_tokens
+    yield "llamacpp:tokens_predicted", "Tokens that were generated.", s.generated_tokens
+    yield "llamacpp:n_decode", "Calls of llama_decode.", s.decodes
+    yield "vllm:num_preemptions", "Answers that were paused for want of memory.", s.pauses
+    yield "vllm:prefix_cache_hits", "Tokens of prompts that did not have to be read again.", s.cached_tokens
+    yield "vllm:prefix_cache_queries", "Tokens of prompts.", s.prompt_tokens + s.cached_tokens
+    yield "kvpsi_requests_finished", "Answers that came to their end.", s.finished
+    yield "kvpsi_requests_failed", "Requests that ended with an error after they were taken.", s.failed
+    yield "kvpsi_requests_cancelled", "Requests whose client went away.", s.cancelled
+    yield "kvpsi_requests_rejected", "Requests that were not taken, as too many waited.", s.rejected
+    yield "kvpsi_releases", "How often cache memory went back to the system.", s.releases
+    yield "kvpsi_trims", "How often tokens of live conversations were forgotten.", s.trims
+    yield "kvpsi_interrupts", "How often a running decode was stopped to make room.", s.interrupts
+    yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
+    yield "kvpsi_forgotten_tokens", "Tokens that were forgotten.", s.forgotten_tokens
+    yield "kvpsi_sessions_dropped", "Saved conversations that were dropped.", s.sessions_dropped
+    yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
+
+
+def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
+    yield "llamacpp:requests_processing", "Answers that are being generated.", s.running
+    yield "llamacpp:requests_deferred", "Requests that wait.", s.waiting
+    yield "llamacpp:predicted_tokens_seconds", "Tokens a second just now.", s.tokens_per_second
+    yield "vllm:num_requests_running", "Answers that are being generated.", s.running
+    yield "vllm:num_requests_waiting", "Requests that wait.", s.waiting
+    yield "vllm:kv_cache_usage_perc", "Share (0 to 1) of the cache in use.", s.used_bytes / max(1, s.capacity_bytes)
+    yield "kvpsi_kv_virtual_bytes", "The whole cache, as stock llama.cpp would hold it.", s.capacity_bytes
+    yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
+    yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
+    yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
+    yield "kvpsi_sessions", "Saved conversations.", s.sessions
+    yield "kvpsi_sessions_bytes", "Memory of saved conversations.", s.sessions_bytes
+    yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
+    yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
+    yield "kvpsi_cpu_pressure", "Share of the last tick in which something waited for a processor.", s.cpu_pressure
+    yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)

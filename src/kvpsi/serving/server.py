@@ -1,0 +1,206 @@
+"""The server process: answers at once that the model is being loaded, loads it, and serves until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from kvpsi.engines.loading import LoadSettings, preview
+from kvpsi.engines.sensing import best_sensing
+from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
+from kvpsi.governor import LawSettings
+from kvpsi.instrument import Instrument
+from kvpsi.kv import CacheSettings
+from kvpsi.pressure import open_source
+from kvpsi.serving.api.app import make_app
+from kvpsi.serving.chat import ChatTemplate
+from kvpsi.serving.context import ServedContext, open_context
+from kvpsi.serving.engine import EngineSettings
+from kvpsi.serving.metrics import Latencies, StatusCollector
+from kvpsi.serving.service import ModelName, Service
+from kvpsi.serving.size import fitting_cells
+
+_CLOSING_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What is served, and how.
+
+    Attributes:
+        model: the GGUF file.
+        alias: what it is called; else the name of the file.
+        host, port: where to listen; port 0 takes a free one.
+        load: of the model; ``n_ctx`` are the tokens that all conversations together may hold.
+        engine: how requests share it.
+        cache: what forgetting must leave alone.
+        law: constants of the control law.
+        cache_limit: most of the cache to use, a share.
+        api_keys: any of them opens it; none: everybody may come in.
+        chat_template: Jinja2, instead of the model's own.
+        queue_timeout_s: how long a request may wait before it is begun.
+        most_body_bytes: the largest request.
+        govern: whether memory is given back when others need it.
+    """
+
+    model: Path
+    alias: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    load: LoadSettings = field(default_factory=LoadSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    law: LawSettings = field(default_factory=LawSettings)
+    cache_limit: float = 1.0
+    api_keys: tuple[str, ...] = ()
+    chat_template: str | None = None
+    queue_timeout_s: float = 60.0
+    most_body_bytes: int = 8 << 20
+    govern: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"There is no port {self.port}; give 1 to 65535 with --port, or 0 for a free one.")
+        if self.queue_timeout_s <= 0:
+            raise UsageError("A request that may not wait at all is never begun; raise --queue-timeout-s above 0.")
+        if self.most_body_bytes < 1024:
+            raise UsageError("Requests of less than 1 KiB say nothing; raise --max-body.")
+
+
+class Server:
+    """One server.
+
+    Args:
+        settings: what and how.
+        say: takes remarks for people.
+        instrument: sees what is sensed, decided and done.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, say: Callable[[str], None], instrument: Instrument | None = None
+    ) -> None:
+        self.settings = settings
+        self._say = say
+        self._instrument = instrument
+        self._failure: BaseException | None = None
+        self._registry = CollectorRegistry()
+        self.app = make_app(
+            registry=self._registry,
+            api_keys=settings.api_keys,
+            most_body_bytes=settings.most_body_bytes,
+            lifespan=self._lifespan,
+        )
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=_CLOSING_S,
+                lifespan="on",
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C.
+
+        Raises:
+            KvpsiError: the port is taken, or the model cannot be loaded.
+        """
+        listener = self._listen()
+        with contextlib.closing(listener):
+            host, port = listener.getsockname()[:2]
+            self.address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+            self._uvicorn.run([listener])
+        if self._failure is not None:
+            raise self._failure
+
+    def _listen(self) -> socket.socket:
+        host, port = self.settings.host, self.settings.port
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, port), family=family, backlog=256)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"Nothing can be served at {host} port {port} ({error.strerror or error}); choose another --port "
+                "or --host."
+            ) from error
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        stack = contextlib.ExitStack()
+        loading = asyncio.ensure_future(self._load(app, stack))
+        try:
+            yield
+        finally:
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loading
+            app.state.service = None
+            await asyncio.to_thread(stack.close)
+
+    async def _load(self, app: FastAPI, stack: contextlib.ExitStack) -> None:
+        try:
+            context, chat = await asyncio.to_thread(self._open, stack)
+            s = self.settings
+            name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
+            service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s)
+            stack.callback(service.close)
+            context.cache.cap_cells = int(s.cache_limit * context.cache.n_cells)
+            if s.govern:
+                source, trigger = best_sensing(context.model.size())
+                service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
+            service.latencies = Latencies(self._registry, name.alias)
+            self._registry.register(StatusCollector(service.status))
+            app.state.service = service
+        except Exception as error:  # the process ends with it
+            self._failure = error
+            self._uvicorn.should_exit = True
+        else:
+            self._say(
+                f"{name.alias} is served at {self.address}/v1 ({context.n_ctx} tokens of context, "
+                f"{s.engine.parallel} answers at once)"
+            )
+
+    def _open(self, stack: contextlib.ExitStack) -> tuple[ServedContext, ChatTemplate]:
+        s = self.settings
+        known = preview(s.model, "")
+        with contextlib.closing(open_source(working_set_file_bytes=s.model.stat().st_size)) as source:
+            n_cells, remark = fitting_cells(known, s.load, source.read().headroom, s.law)
+        if remark:
+            self._say(remark)
+        context = stack.enter_context(
+            open_context(
+                s.model,
+                s.load,
+                n_cells=n_cells,
+                n_seq=s.engine.parallel + 1,
+                settings=s.cache,
+                instrument=self._instrument,
+            )
+        )
+        metadata: dict[str, Any] = dict(known.metadata)
+        chat = ChatTemplate(
+            s.chat_template or metadata.get("tokenizer.chat_template"),
+            eos=context.token_text(context.model.token_eos()),
+            bos=context.token_text(context.model.token_bos()),
+        )
+        return context, chat
+
+
+def serve(settings: ServerSettings, say: Callable[[str], None], instrument: Instrument | None = None) -> None:
+    """Serve until told to end; see `Server.run`."""
+    try:
+        Server(settings, say, instrument).run()
+    except KvpsiError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise EnvironmentProblem(f"The server ended ({error}).") from error

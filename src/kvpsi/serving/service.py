@@ -1,0 +1,180 @@
+"""The engine for asynchronous callers: answers as they come, and cancelled with whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvpsi.governor import Governor
+from kvpsi.pressure import PressureSource
+from kvpsi.serving.chat import ChatTemplate
+from kvpsi.serving.context import ServedContext
+from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.metrics import Latencies
+from kvpsi.serving.request import Event, Failed, Finished, Request
+from kvpsi.serving.status import Status
+
+R = TypeVar("R")
+_MANY_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """What the served model is called: ``alias`` in answers, and whatever of ``names`` clients ask for."""
+
+    alias: str
+    names: frozenset[str]
+
+    def __contains__(self, name: str | None) -> bool:
+        return name is None or name == self.alias or name in self.names
+
+
+class Service:
+    """One model that is served. Made in the event loop that uses it.
+
+    Args:
+        context: the model; it stays open when the service is closed.
+        chat: its template.
+        name: what it is called.
+        settings: of the engine.
+        queue_timeout_s: how long a request may wait before it is begun.
+    """
+
+    def __init__(
+        self,
+        context: ServedContext,
+        chat: ChatTemplate,
+        name: ModelName,
+        settings: EngineSettings | None = None,
+        *,
+        queue_timeout_s: float = 60.0,
+    ) -> None:
+        self.context, self.chat, self.name = context, chat, name
+        self.started_s = time.time()
+        self._queue_timeout_s = queue_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self.governor: Governor | None = None
+        self.latencies: Latencies | None = None
+        self.engine = Engine(context, settings, self._deliver)
+
+    def close(self) -> None:
+        """Stop governing, and end all answers with an error."""
+        if self.governor is not None:
+            self.governor.stop()
+        self.engine.close()
+
+    def govern(self, source: PressureSource, **options: Any) -> None:
+        """Keep the memory within what the machine can spare; options as for `kvpsi.governor.Governor`."""
+        self.governor = Governor(self.engine.memory, source, **options)
+        self.governor.start()
+
+    def status(self) -> Status:
+        """What the server is doing."""
+        engine, cache, governor = self.engine, self.context.cache, self.governor
+        sizes, counters = engine.memory.status(), engine.counters
+        reading = governor.reading if governor else None
+        decision = governor.decision if governor else None
+        return Status(
+            model=self.name.alias,
+            running=len(engine.running),
+            waiting=len(engine.waiting),
+            parallel=engine.settings.parallel,
+            sessions=len(engine.sessions),
+            sessions_bytes=engine.sessions.n_bytes,
+            sessions_dropped=engine.sessions.dropped,
+            capacity_bytes=sizes.capacity_bytes,
+            used_bytes=sizes.used_bytes,
+            committed_bytes=cache.committed_cells * cache.bytes_per_cell,
+            resident_bytes=cache.resident_bytes(),
+            limit_bytes=min(sizes.capacity_bytes, cache.allowed_cells * cache.bytes_per_cell),
+            headroom_bytes=reading.headroom.available_bytes if reading else 0,
+            memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
+            memory_pressure=reading.memory.some.share if reading else 0.0,
+            cpu_pressure=reading.cpu.some.share if reading else 0.0,
+            stall_s=governor.stall_s if governor else 0.0,
+            releases=cache.releases,
+            trims=cache.trims,
+            interrupts=cache.interrupts,
+            returned_bytes=engine.memory.returned_bytes,
+            forgotten_tokens=counters.forgotten_tokens,
+            decodes=counters.decodes,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            tokens_per_second=engine.tokens_per_second(),
+            finished=counters.finished,
+            failed=counters.failed,
+            cancelled=counters.cancelled,
+            rejected=counters.rejected,
+            pauses=counters.pauses,
+            governed=governor is not None and cache.trusted,
+            reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
+            uptime_s=time.time() - self.started_s,
+        )
+
+    def _deliver(self, events: list[tuple[Request, Event]]) -> None:
+        self._loop.call_soon_threadsafe(_tell, events)
+
+    def tokenize(self, text: str, *, add_special: bool, special: bool = True) -> list[int]:
+        """Token ids of a text. ``special`` reads the names of control tokens as such."""
+        return list(self.context.model.tokenize(text.encode("utf-8", "replace"), add_special, special))
+
+    async def tokens_of(self, text: str, *, add_special: bool, special: bool = True) -> list[int]:
+        """The same, beside everything else if the text is long."""
+        if len(text) < _MANY_CHARACTERS:
+            return self.tokenize(text, add_special=add_special, special=special)
+        return await asyncio.to_thread(self.tokenize, text, add_special=add_special, special=special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
+        return b"".join(map(self.context.piece, tokens)).decode("utf-8", "replace")
+
+    async def ask(self, job: Callable[[], R]) -> R:
+        """Have something done by the engine's thread."""
+        future: Future[R] = self.engine.ask(job)
+        return await asyncio.wrap_future(future)
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """The events of an answer, `Finished` the last. Whoever stops listening cancels it.
+
+        Raises:
+            KvpsiError: it could not be answered, or not to its end.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        request.listener = events.put_nowait
+        request.deadline_s = time.monotonic() + self._queue_timeout_s
+        self.engine.submit(request)
+        ended = False
+        last_s = None
+        try:
+            while not ended:
+                event = await events.get()
+                ended = isinstance(event, Finished | Failed)
+                if isinstance(event, Failed):
+                    raise event.error
+                last_s = self._note_time(request, event, last_s)
+                yield event
+        finally:
+            if not ended:
+                self.engine.cancel(request)
+
+    def _note_time(self, request: Request, event: Event, last_s: float | None) -> float:
+        now = time.monotonic()
+        if self.latencies is not None:
+            if isinstance(event, Finished):
+                self.latencies.whole.observe(now - request.arrived_s)
+                self.latencies.queued.observe(event.queued_s)
+            elif last_s is None:
+                self.latencies.first_token.observe(now - request.arrived_s)
+            else:
+                self.latencies.inter_token.observe(now - last_s)
+        return now
+
+
+def _tell(events: list[tuple[Request, Event]]) -> None:
+    for request, event in events:
+        request.listener(event)

@@ -1,0 +1,53 @@
+"""What the server is doing, as one record: for the metrics, the status page and `kvpsi top`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Sizes in bytes, times in seconds; counters count from the start.
+
+    ``reason`` is why the governor decided as it did last.
+    """
+
+    model: str
+    running: int
+    waiting: int
+    parallel: int
+    sessions: int
+    sessions_bytes: int
+    sessions_dropped: int
+    capacity_bytes: int
+    used_bytes: int
+    committed_bytes: int
+    resident_bytes: int
+    limit_bytes: int
+    headroom_bytes: int
+    memory_limit_bytes: int
+    memory_pressure: float
+    cpu_pressure: float
+    stall_s: float
+    releases: int
+    trims: int
+    interrupts: int
+    returned_bytes: int
+    forgotten_tokens: int
+    decodes: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    tokens_per_second: float
+    finished: int
+    failed: int
+    cancelled: int
+    rejected: int
+    pauses: int
+    governed: bool
+    reason: str
+    uptime_s: float
+
+
+StatusSource = Callable[[], Status]

@@ -1,0 +1,250 @@
+"""The engine on a real model: many answers at once are those of one at a time, and nothing is read twice."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpsi.engines.loading import LoadSettings
+from kvpsi.errors import PromptTooLongError
+from kvpsi.kv import CacheSettings
+from kvpsi.serving.context import ServedContext, open_context
+from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, WaitedTooLongError
+from kvpsi.serving.request import Event, Failed, Finished, Request, Text
+from kvpsi.serving.sampling import SamplingSettings
+from kvpsi.serving.waiting import QueueFullError
+
+pytestmark = pytest.mark.engine
+GREEDY = SamplingSettings(temperature=0.0)
+STORY = "Once upon a time there was a small lighthouse at the end of a long pier. Every evening its keeper "
+
+
+@dataclass
+class Asked:
+    """One request and what came of it."""
+
+    request: Request
+    events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
+
+    def result(self) -> tuple[str, Finished | Failed]:
+        text = []
+        while True:
+            event = self.events.get(timeout=120)
+            if not isinstance(event, Text):
+                return "".join(text), event
+            text.append(event.text)
+
+    def finished(self) -> tuple[str, Finished]:
+        text, end = self.result()
+        assert isinstance(end, Finished), end
+        return text, end
+
+
+def ask(engine: Engine, prompt: str | list[int], **options: Any) -> Asked:
+    context = engine.context
+    tokens = context.model.tokenize(prompt.encode(), True, True) if isinstance(prompt, str) else prompt
+    options.setdefault("sampling", GREEDY)
+    asked = Asked(Request(tokens, lambda _: None, **options))
+    asked.request.listener = asked.events.put
+    engine.submit(asked.request)
+    return asked
+
+
+@contextlib.contextmanager
+def opened(model: Path, n_cells: int = 4096, n_seq: int = 8, **options: Any) -> Iterator[ServedContext]:
+    with open_context(model, LoadSettings(n_threads=1), n_cells=n_cells, n_seq=n_seq, **options) as context:
+        yield context
+
+
+@contextlib.contextmanager
+def running(context: ServedContext, **options: Any) -> Iterator[Engine]:
+    engine = Engine(context, EngineSettings(**options))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def context(default_model: Path) -> Iterator[ServedContext]:
+    with opened(default_model) as context:
+        yield context
+
+
+@pytest.fixture
+def engine(context: ServedContext) -> Iterator[Engine]:
+    with running(context, parallel=4, most_waiting=16) as engine:
+        yield engine
+    context.cache.clear()
+
+
+def test_an_answer_comes_bit_by_bit_and_ends(engine: Engine) -> None:
+    asked = ask(engine, STORY, max_tokens=12)
+    text, end = asked.finished()
+    assert text and end.reason == "length" and end.generated_tokens == 12
+    assert end.prompt_tokens == len(asked.request.prompt) and end.cached_tokens == 0
+
+
+def test_together_they_say_what_each_says_alone(engine: Engine) -> None:
+    prompts = [f"{word} is a word. Another word like it is" for word in ("Blue", "Horse", "Seven", "Rain", "Iron")]
+    alone = [ask(engine, prompt, max_tokens=16).finished()[0] for prompt in prompts]
+    together = [each.finished()[0] for each in [ask(engine, p, max_tokens=16) for p in prompts]]
+    assert together == alone
+    assert engine.context.cache.trusted
+
+
+def test_what_was_read_is_not_read_again(engine: Engine) -> None:
+    first = ask(engine, STORY * 8, max_tokens=8)
+    text, _ = first.finished()
+    follow_up = [*first.request.prompt, *engine.context.model.tokenize((text + " And then").encode(), False, False)]
+    _, end = ask(engine, follow_up, max_tokens=4).finished()
+    assert end.cached_tokens >= len(first.request.prompt)
+    # also after another conversation was answered meanwhile, for which this one had to leave the cache
+    ask(engine, "Something else entirely, about ships and harbours and the sea", max_tokens=4).finished()
+    assert len(engine.sessions) == 1
+    _, end = ask(engine, [*follow_up, *follow_up[:5]], max_tokens=4).finished()
+    assert end.cached_tokens >= len(follow_up)
+    assert engine.context.cache.trusted
+
+
+def test_a_conversation_that_comes_back_goes_on_in_the_same_words(engine: Engine) -> None:
+    prompt = engine.context.model.tokenize((STORY * 6).encode(), True, True)
+    expected, _ = ask(engine, prompt, max_tokens=24).finished()
+    ask(engine, "An answer in between, so that the first is saved and taken out", max_tokens=4).finished()
+    again, end = ask(engine, prompt, max_tokens=24).finished()
+    assert again == expected and end.cached_tokens == len(prompt) - 1
+    engine.ask(engine.sessions.clear).result()
+    ask(engine, "Another one, as different as it can be from all others", max_tokens=4).finished()
+    engine.ask(engine.sessions.clear).result()
+    anew, end = ask(engine, prompt, max_tokens=24).finished()
+    assert anew == expected and end.cached_tokens < 4, "its memory was given back, so it was read anew"
+
+
+def test_the_same_beginning_is_shared_while_it_is_in_use(engine: Engine) -> None:
+    beginning = STORY * 4
+    asked = [ask(engine, beginning + ending, max_tokens=16) for ending in ("lit the lamp", "slept", "wrote a letter")]
+    ends = [each.finished()[1] for each in asked]
+    n_shared = len(engine.context.model.tokenize(beginning.encode(), True, True)) - 2
+    assert sum(end.cached_tokens >= n_shared for end in ends) == 2, "one read it, the others did not"
+
+
+def test_stop_strings_seeds_and_biases_are_heeded(engine: Engine) -> None:
+    text, _ = ask(engine, STORY, max_tokens=24).finished()
+    word = text.split()[2]
+    cut, end = ask(engine, STORY, max_tokens=24, stop=(word,)).finished()
+    assert end.reason == "stop" and cut == text[: text.index(word)]
+    warm = SamplingSettings(temperature=1.5, seed=7)
+    first, second = (ask(engine, STORY, max_tokens=16, sampling=warm).finished()[0] for _ in range(2))
+    other, _ = ask(engine, STORY, max_tokens=16, sampling=SamplingSettings(temperature=1.5, seed=8)).finished()
+    assert first == second != other
+    (likeliest,) = engine.context.model.tokenize(text[:4].encode(), False, False)[:1]
+    banned = SamplingSettings(temperature=0.0, logit_bias={likeliest: -100})
+    assert ask(engine, STORY, max_tokens=4, sampling=banned).finished()[0] != text[:4]
+
+
+def test_probabilities_are_those_of_the_model(engine: Engine) -> None:
+    asked = ask(engine, STORY, max_tokens=5, top_logprobs=3)
+    tokens = []
+    while not isinstance(event := asked.events.get(timeout=60), Finished):
+        assert isinstance(event, Text)
+        tokens += event.tokens
+    assert len(tokens) == 5
+    for chosen in tokens:
+        assert chosen.chance == chosen.top[0], "the likeliest is taken"
+        assert len(chosen.top) == 3 and 0 >= chosen.top[0].logprob >= chosen.top[1].logprob >= chosen.top[2].logprob
+
+
+def test_a_grammar_is_followed(engine: Engine) -> None:
+    grammar = 'root ::= "yes" | "no" | [0-9] [0-9]? "!"'
+    sampling = SamplingSettings(temperature=1.0, seed=3, grammar=grammar)
+    text, end = ask(engine, STORY, max_tokens=24, sampling=sampling).finished()
+    assert end.reason == "stop" and (text in ("yes", "no") or text[:-1].isdigit())
+    asked = ask(engine, STORY, sampling=SamplingSettings(grammar="root ::= ("))
+    _, failed = asked.result()
+    assert isinstance(failed, Failed) and "GBNF" in str(failed.error)
+
+
+def test_who_goes_away_costs_nothing_more(engine: Engine) -> None:
+    asked = ask(engine, STORY, max_tokens=4000)
+    assert isinstance(asked.events.get(timeout=60), Text)
+    engine.cancel(asked.request)
+    text, end = ask(engine, STORY, max_tokens=4).finished()
+    assert text and end.cached_tokens > 0
+    assert engine.counters.cancelled == 1 and not engine.running
+
+
+def test_too_many_too_long_and_too_late(context: ServedContext) -> None:
+    with running(context, parallel=1, most_waiting=1) as engine:
+        with pytest.raises(PromptTooLongError):
+            ask(engine, [1] * context.n_ctx)
+        busy = ask(engine, STORY, max_tokens=200)
+        assert isinstance(busy.events.get(timeout=60), Text)
+        late = ask(engine, "Too late", deadline_s=0.0)
+        with contextlib.suppress(QueueFullError):
+            for _ in range(3):
+                ask(engine, "Too many", max_tokens=1)
+            pytest.fail("the queue has no end")
+        _, failed = late.result()
+        assert isinstance(failed, Failed) and isinstance(failed.error, WaitedTooLongError)
+    _, failed = busy.result()
+    assert isinstance(failed, Failed) and isinstance(failed.error, ShuttingDownError)
+    with pytest.raises(ShuttingDownError):
+        ask(engine, "Closed")
+    context.cache.clear()
+
+
+def test_saved_conversations_give_way_to_the_limit(engine: Engine) -> None:
+    for number in range(4):
+        ask(engine, f"{number} ships sailed. " + STORY * 12, max_tokens=2).finished()
+    assert len(engine.sessions) == 3 and engine.sessions.n_bytes > 0
+    memory = engine.memory
+    memory.set_limit(memory.status().floor_bytes, None)
+    given = memory.give_now()
+    assert given and len(engine.sessions) == 0
+    assert memory.status().used_bytes <= memory.status().floor_bytes
+    text, _ = ask(engine, STORY, max_tokens=4).finished()
+    assert text
+    memory.set_limit(memory.status().capacity_bytes, None)
+
+
+def test_answers_are_paused_instead_of_forgetting(default_model: Path) -> None:
+    prompts = [f"{word} {STORY * 5}" for word in ("One", "Two", "Three")]
+    with opened(default_model, 2048, settings=CacheSettings(keep=4, tail=64)) as context:
+        with running(context, parallel=3) as engine:
+            alone = [ask(engine, prompt, max_tokens=48, ignore_eos=True).finished()[0] for prompt in prompts]
+            n_prompt = len(ask(engine, prompts[0], max_tokens=1).request.prompt)
+            engine.memory.set_limit(int(2.3 * (n_prompt + 16)) * context.cache.bytes_per_cell, None)
+            asked = [ask(engine, p, max_tokens=48, ignore_eos=True) for p in prompts]
+            together = [each.finished() for each in asked]
+            assert engine.counters.pauses > 0
+        # other pieces are not computed in the very same way, so a close call may go the other way later on
+        assert [text[:4] for text, _ in together] == [text[:4] for text in alone]
+        assert all(end.forgotten_tokens == 0 and end.generated_tokens == 48 for _, end in together)
+        assert context.cache.trusted
+
+
+def test_it_can_be_stopped_in_the_middle_of_a_decode(engine: Engine) -> None:
+    stop = threading.Event()
+
+    def interrupt() -> None:
+        while not stop.wait(0.02):
+            engine.memory.interrupt()
+
+    expected, _ = ask(engine, STORY * 8, max_tokens=16).finished()
+    engine.ask(engine.sessions.clear).result()
+    ask(engine, "Something else for once, quite different from that", max_tokens=2).finished()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        again, _ = ask(engine, STORY * 8, max_tokens=16).finished()
+    finally:
+        stop.set()
+        thread.join()
+    assert again == expected and engine.context.cache.trusted
