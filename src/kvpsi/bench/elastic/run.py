@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,11 @@ def trim_and_compare(plan: Plan, report: Report) -> tuple[list[Trimmed], bool]:
     return trims, identical
 
 
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean of several measurements."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def run(plan: Plan, report: Report) -> dict[str, Any]:
     """The whole bench as one JSON-ready document."""
     idle_rss_bytes, speeds = memory_and_speed(plan, report)
@@ -188,6 +194,7 @@ def run(plan: Plan, report: Report) -> dict[str, Any]:
         Figure("kernel_alone_speed", _speed_gb_s(trims, lambda t: t.kernel_seconds), "GB/s"),
         Figure("trim_time_over_kernel_alone", over_kernel, ""),
         Figure("decode_speed_ratio", statistics.median(ratios), "", 0.99, ">="),
+        Figure("decode_speed_ratio_standard_error", _standard_error(ratios), ""),
         Figure("logits_identical", identical, "", True, "=="),
     ]
     return {
