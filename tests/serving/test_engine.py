@@ -15,7 +15,7 @@ import pytest
 from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import PromptTooLongError
 from kvpsi.kv import CacheSettings
-from kvpsi.serving.context import ServedContext, open_context
+from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, WaitedTooLongError
 from kvpsi.serving.request import Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings
@@ -58,14 +58,15 @@ def ask(engine: Engine, prompt: str | list[int], **options: Any) -> Asked:
 
 
 @contextlib.contextmanager
-def opened(model: Path, n_cells: int = 4096, n_seq: int = 8, **options: Any) -> Iterator[ServedContext]:
-    with open_context(model, LoadSettings(n_threads=1), n_cells=n_cells, n_seq=n_seq, **options) as context:
+def opened(model: Path, n_cells: int = 4096, wanted: int = 0, **options: Any) -> Iterator[ServedContext]:
+    plan = ContextPlan(LoadSettings(n_ctx=wanted, n_threads=1), n_seq=8, **options)
+    with open_context(model, plan, n_cells) as context:
         yield context
 
 
 @contextlib.contextmanager
-def running(context: ServedContext, **options: Any) -> Iterator[Engine]:
-    engine = Engine(context, EngineSettings(**options))
+def running(context: ServedContext, spare_bytes: int = 0, **options: Any) -> Iterator[Engine]:
+    engine = Engine(context, EngineSettings(**options), spare_bytes=lambda: spare_bytes)
     try:
         yield engine
     finally:
@@ -228,6 +229,22 @@ def test_answers_are_paused_instead_of_forgetting(default_model: Path) -> None:
         assert [text[:4] for text, _ in together] == [text[:4] for text in alone]
         assert all(end.forgotten_tokens == 0 and end.generated_tokens == 48 for _, end in together)
         assert context.cache.trusted
+
+
+def test_the_context_grows_when_more_is_wanted(default_model: Path) -> None:
+    with opened(default_model, 512, 2048) as context, running(context, spare_bytes=1 << 30, parallel=3) as engine:
+        assert context.n_ctx == 2048
+        beginning = ask(engine, STORY * 8, max_tokens=300, ignore_eos=True)
+        assert isinstance(beginning.events.get(timeout=60), Text)
+        text, end = ask(engine, STORY * 40, max_tokens=8, ignore_eos=True).finished()
+        assert text and end.generated_tokens == 8 and end.forgotten_tokens == 0
+        assert beginning.finished()[1].generated_tokens == 300
+        assert 1024 < context.cache.n_cells <= 2048 and context.cache.trusted
+    with opened(default_model, 512, 2048) as context, running(context, spare_bytes=0) as engine:
+        _, end = ask(engine, STORY * 40, max_tokens=8).result()
+        assert isinstance(end, Failed) and "does not fit" in str(end.error), "no room to grow"
+        _, finished = ask(engine, STORY, max_tokens=2000, ignore_eos=True).finished()
+        assert finished.reason == "length" and 300 < finished.generated_tokens < 512
 
 
 def test_it_can_be_stopped_in_the_middle_of_a_decode(engine: Engine) -> None:

@@ -158,6 +158,16 @@ class GatedCache(ABC):
         """The most cells whose memory was ever not available to others, after a decode."""
         return max(self._peak_cells, self.committed_cells)
 
+    def take_over(self, other: GatedCache) -> None:
+        """Go on where another cache of the same model ends: its gate, its listener, and what it counted."""
+        limit_cells = other.limit_cells if other.limit_cells < other.n_cells else self.n_cells
+        self.set_limit(limit_cells * self.bytes_per_cell, other.max_chunk_tokens)
+        self.on_forgotten = other._on_forgotten
+        self.releases += other.releases
+        self.trims += other.trims
+        self.interrupts += other.interrupts
+        self.returned_bytes += other.returned_bytes
+
     def _note_peak(self) -> None:
         self._peak_cells = self.peak_cells
 

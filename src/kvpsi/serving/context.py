@@ -4,54 +4,128 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import llama_cpp
-from llama_cpp._internals import LlamaContext, LlamaModel
+from llama_cpp._internals import LlamaModel
 
 from kvpsi.engines.loading import KV_TYPES, LoadSettings, load_model, usable_threads
 from kvpsi.errors import EnvironmentProblem
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache
 
-log = logging.getLogger("kvpsi")
-
 _N_UBATCH = 512
 _LONGEST_PIECE_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPlan:
+    """How a context is made.
+
+    Attributes:
+        load: threads, type of the cache, and the cells that are wanted (``n_ctx``), as far as there is room.
+        n_seq: sequences that there can be at once.
+        settings: what forgetting must leave alone.
+        unified: whether all sequences share all cells; else each has an equal part to itself.
+        cache_limit: most of the cache to use, a share.
+    """
+
+    load: LoadSettings
+    n_seq: int
+    settings: CacheSettings = field(default_factory=CacheSettings)
+    unified: bool = True
+    cache_limit: float = 1.0
 
 
 class ServedContext:
     """What the engine works with; its thread is the only one to use it, except for `tokenize` and what never changes.
 
+    Args:
+        model: the weights and the vocabulary, which are freed with it.
+        plan: how the context is made.
+        n_cells: tokens that it has room for at first.
+        instrument: sees what the cache does.
+
     Attributes:
-        model: the weights and the vocabulary.
         ctx: llama.cpp's context.
         cache: through which every change to it goes.
-        n_ctx: the most tokens of one conversation, prompt and answer.
         n_seq: sequences that there can be at once.
         n_batch: the most tokens of one decode.
+
+    Raises:
+        EnvironmentProblem: there is no memory for the context.
+        LayoutError: its cache cannot give memory back.
     """
 
     def __init__(
-        self,
-        model: LlamaModel,
-        context: LlamaContext,
-        *,
-        n_seq: int,
-        settings: CacheSettings | None = None,
-        instrument: Instrument | None = None,
+        self, model: LlamaModel, plan: ContextPlan, n_cells: int, *, instrument: Instrument | None = None
     ) -> None:
         self.model = model
-        self.ctx = context.ctx
-        self.n_seq = n_seq
-        self.n_batch = int(llama_cpp.llama_n_ubatch(self.ctx))
+        self.plan = plan
+        self.n_seq = plan.n_seq
         self.n_vocab = model.n_vocab()
-        self.cache = ElasticCache(self.ctx, settings=settings, instrument=instrument)
-        self.n_ctx = min(self.cache.n_cells, model.n_ctx_train() or self.cache.n_cells)
-        self._context = context
+        self.growing_bytes = 0
+        self._instrument = instrument
         self._pieces: dict[int, bytes] = {}
+        self._make(n_cells)
+        self.n_batch = int(llama_cpp.llama_n_ubatch(self.ctx))
+
+    @property
+    def wanted_cells(self) -> int:
+        """Cells that it may grow to."""
+        return max(self.plan.load.n_ctx, self.cache.n_cells)
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens of one conversation, prompt and answer."""
+        return min(self.wanted_cells, self.model.n_ctx_train() or self.wanted_cells)
+
+    def _make(self, n_cells: int) -> None:
+        params = _context_params(self.plan, n_cells)
+        ctx = llama_cpp.llama_init_from_model(self.model.model, params)
+        if not ctx:
+            raise EnvironmentProblem(
+                f"llama.cpp could not make a context of {n_cells} tokens; free memory, or use a smaller -c."
+            )
+        self.ctx = ctx
+        try:
+            self.cache = ElasticCache(ctx, settings=self.plan.settings, instrument=self._instrument)
+        except BaseException:
+            llama_cpp.llama_free(ctx)
+            raise
+        self.cache.cap_cells = int(self.plan.cache_limit * self.cache.n_cells)
+
+    def grow(self, n_cells: int) -> list[int]:
+        """Make the context anew with room for so many tokens, or as it was if there is no memory for that.
+
+        Everything that it holds is saved and loaded again.
+
+        Returns:
+            the sequences that could not be loaded again; they are empty now.
+
+        Raises:
+            EnvironmentProblem: no context could be made any more.
+        """
+        before = self.cache
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        held = [s for s in range(self.n_seq) if llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
+        states = {seq_id: before.save_sequence(seq_id) for seq_id in held}
+        self.growing_bytes = n_cells * before.bytes_per_cell
+        try:
+            before.close()
+            llama_cpp.llama_free(self.ctx)
+            try:
+                self._make(n_cells)
+            except EnvironmentProblem:
+                self._make(before.n_cells)
+            self.cache.take_over(before)
+            return [seq_id for seq_id, state in states.items() if not self.cache.load_sequence(state, seq_id)]
+        finally:
+            self.growing_bytes = 0
+            for state in states.values():
+                state.close()
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; none for a control token."""
@@ -73,40 +147,25 @@ class ServedContext:
     def close(self) -> None:
         """Free context and weights."""
         self.cache.close()
-        self._context.close()
+        llama_cpp.llama_free(self.ctx)
         self.model.close()
 
 
 @contextlib.contextmanager
 def open_context(
-    path: Path,
-    load: LoadSettings,
-    *,
-    n_cells: int,
-    n_seq: int,
-    settings: CacheSettings | None = None,
-    instrument: Instrument | None = None,
-    unified: bool = True,
+    path: Path, plan: ContextPlan, n_cells: int, *, instrument: Instrument | None = None
 ) -> Iterator[ServedContext]:
-    """Load a model with a context of ``n_cells`` for ``n_seq`` sequences, which share them all if they are ``unified``.
+    """Load a model with such a context.
 
     Raises:
         ModelFileError: llama.cpp would not load the model.
         EnvironmentProblem: there is no memory for the context.
         LayoutError: its cache cannot give memory back.
     """
-    model = load_model(path, load)
+    model = load_model(path, plan.load)
     try:
-        context = LlamaContext(model=model, params=_context_params(load, n_cells, n_seq, unified), verbose=False)
-    except ValueError as error:
-        model.close()
-        raise EnvironmentProblem(
-            f"llama.cpp could not make a context of {n_cells} tokens ({error}); free memory, or use a smaller -c."
-        ) from error
-    try:
-        served = ServedContext(model, context, n_seq=n_seq, settings=settings, instrument=instrument)
+        served = ServedContext(model, plan, n_cells, instrument=instrument)
     except BaseException:
-        context.close()
         model.close()
         raise
     try:
@@ -115,15 +174,15 @@ def open_context(
         served.close()
 
 
-def _context_params(load: LoadSettings, n_cells: int, n_seq: int, unified: bool) -> llama_cpp.llama_context_params:
+def _context_params(plan: ContextPlan, n_cells: int) -> llama_cpp.llama_context_params:
     params = llama_cpp.llama_context_default_params()
-    threads = load.n_threads or usable_threads()
+    threads = plan.load.n_threads or usable_threads()
     params.n_ctx = n_cells
     params.n_batch = params.n_ubatch = min(_N_UBATCH, n_cells)
-    params.n_seq_max = n_seq
-    params.kv_unified = unified
+    params.n_seq_max = plan.n_seq
+    params.kv_unified = plan.unified
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.type_k = params.type_v = KV_TYPES[load.kv_type]
+    params.type_k = params.type_v = KV_TYPES[plan.load.kv_type]
     params.no_perf = True
     return params

@@ -47,6 +47,7 @@ _REFUSED_FOR_S = 30.0
 _PENALTY_TOKENS = 256
 _RECENT_S = 5.0
 _MOST_RECENT = 2048
+_STEP_CELLS = 256
 
 
 class WaitedTooLongError(KvpsiError):
@@ -110,19 +111,25 @@ class Engine:
         settings: how requests share it.
         deliver: takes the events of each step at once, in the engine's thread; it must return quickly. By default
             every request's listener is called.
+        spare_bytes: memory that could be taken for a while without harm; asked before the context grows.
     """
 
     def __init__(
-        self, context: ServedContext, settings: EngineSettings | None = None, deliver: Deliver | None = None
+        self,
+        context: ServedContext,
+        settings: EngineSettings | None = None,
+        deliver: Deliver | None = None,
+        spare_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.context = context
         self.settings = settings or EngineSettings()
         self.sessions = Sessions()
-        self.memory = CacheMemory(context.cache, self.sessions, self._shrink_if_idle)
+        self.memory = CacheMemory(context, self.sessions, self._shrink_if_idle)
         self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
         self.counters = Counters()
         self.running: list[Answer] = []
         self._deliver = deliver or _tell_listeners
+        self._spare_bytes = spare_bytes
         self._events: list[tuple[Request, Event]] = []
         self._free = collections.deque(range(context.n_seq))
         self._resting: list[_Resting] = []
@@ -271,6 +278,8 @@ class Engine:
             with self._lock:
                 chosen = self.waiting.take(self._may_begin)
             if chosen is None:
+                if self._grow_for_those_who_wait():
+                    continue
                 return
             try:
                 self._begin(chosen)
@@ -287,6 +296,29 @@ class Engine:
                 if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
                     return False
         return not self.running or self.memory.room_cells() >= len(prompt)
+
+    def _grow_for_those_who_wait(self) -> bool:
+        """Grow if the first in the queue waits for cells that the context does not have; whether it did."""
+        with self._lock:
+            first = next(iter(self.waiting), None)
+        return first is not None and self._grow(self.context.cache.used_cells + len(first.prompt))
+
+    def _grow(self, n_cells: int) -> bool:
+        """Make room for so many cells, if the context is smaller and memory allows; whether it grew."""
+        context = self.context
+        now, most = context.cache.n_cells, context.wanted_cells
+        if n_cells <= now or now >= most:
+            return False
+        target = min(most, -(-max(2 * now, n_cells + now // 2) // _STEP_CELLS) * _STEP_CELLS)
+        if target <= now or self._spare_bytes() < target * context.cache.bytes_per_cell:
+            return False
+        log.info("The context grows from %d to %d tokens.", now, target)
+        lost = context.grow(target)
+        for answer in [a for a in self.running if a.seq_id in lost]:
+            answer.n_done = 0
+        self._free.extend(r.seq_id for r in self._resting if r.seq_id in lost)
+        self._resting = [r for r in self._resting if r.seq_id not in lost]
+        return context.cache.n_cells > now
 
     def _begin(self, request: Request) -> None:
         answer = self._paused.pop(request, None)
@@ -433,7 +465,10 @@ class Engine:
         while True:
             most = min(self.context.n_batch, self.context.cache.most_at_once())
             parts = plan(self.running, most, self.settings.chunk_beside)
-            missing = self.memory.make_room(sum(p.n_tokens for p in parts))
+            n_tokens = sum(p.n_tokens for p in parts)
+            missing = self.memory.make_room(n_tokens)
+            if missing and self._grow(self.context.cache.used_cells + n_tokens):
+                continue
             if not missing or len(self.running) < 2:
                 return parts
             self._pause(self.running[-1])
@@ -489,7 +524,9 @@ class Engine:
             time.sleep(_RETRY_S)
 
     def _have_less_to_do(self) -> None:
-        """The cache has no cell left: somebody has to wait, or the only answer ends where it is."""
+        """The cache has no cell left: it grows, somebody has to wait, or the only answer ends where it is."""
+        if self._grow(self.context.cache.n_cells + 1):
+            return
         if len(self.running) > 1:
             self._pause(self.running[-1])
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvpsi.kv import GatedCache
+from kvpsi.kv import ElasticCache
+from kvpsi.serving.context import ServedContext
 from kvpsi.serving.sessions import Session, Sessions
 from kvpsi.status import CacheStatus
 
@@ -16,16 +17,21 @@ class CacheMemory:
     engine's to choose.
 
     Args:
-        cache: of the context.
+        context: whose cache it is.
         sessions: that lie outside of it.
         shrink_if_idle: has the engine give what is above the limit, and tells the bytes; None if it is busy.
     """
 
-    def __init__(self, cache: GatedCache, sessions: Sessions, shrink_if_idle: Callable[[], int | None]) -> None:
-        self.cache = cache
+    def __init__(self, context: ServedContext, sessions: Sessions, shrink_if_idle: Callable[[], int | None]) -> None:
         self.sessions = sessions
+        self._context = context
         self.sessions_returned_bytes = 0
         self._shrink_if_idle = shrink_if_idle
+
+    @property
+    def cache(self) -> ElasticCache:
+        """The cache as it is now: growing makes another."""
+        return self._context.cache
 
     @property
     def returned_bytes(self) -> int:
@@ -38,7 +44,8 @@ class CacheMemory:
         """Sizes as of now; saved conversations count as in use."""
         inner = self.cache.status()
         used = min(inner.capacity_bytes, inner.used_bytes + self.sessions.n_bytes)
-        return CacheStatus(inner.capacity_bytes, used, inner.floor_bytes, self.returned_bytes, inner.loading_bytes)
+        loading = max(inner.loading_bytes, self._context.growing_bytes)
+        return CacheStatus(inner.capacity_bytes, used, inner.floor_bytes, self.returned_bytes, loading)
 
     def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
         """Set the gate of the cache, which counts for the saved conversations as well."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from kvpsi.kv import CacheSettings
 from kvpsi.pressure import open_source
 from kvpsi.serving.api.app import make_app
 from kvpsi.serving.chat import ChatTemplate
-from kvpsi.serving.context import ServedContext, open_context
+from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import EngineSettings
 from kvpsi.serving.metrics import Latencies, StatusCollector
 from kvpsi.serving.service import ModelName, Service
-from kvpsi.serving.size import fitting_cells
+from kvpsi.serving.size import fitting_cells, wanted_cells
 
 _CLOSING_S = 5
 
@@ -154,7 +154,6 @@ class Server:
             name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
             service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s)
             stack.callback(service.close)
-            context.cache.cap_cells = int(s.cache_limit * context.cache.n_cells)
             if s.govern:
                 source, trigger = best_sensing(context.model.size())
                 service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
@@ -177,16 +176,9 @@ class Server:
             n_cells, remark = fitting_cells(known, s.load, source.read().headroom, s.law)
         if remark:
             self._say(remark)
-        context = stack.enter_context(
-            open_context(
-                s.model,
-                s.load,
-                n_cells=n_cells,
-                n_seq=s.engine.parallel + 1,
-                settings=s.cache,
-                instrument=self._instrument,
-            )
-        )
+        load = replace(s.load, n_ctx=wanted_cells(known, s.load))
+        plan = ContextPlan(load, s.engine.parallel + 1, s.cache, cache_limit=s.cache_limit)
+        context = stack.enter_context(open_context(s.model, plan, n_cells, instrument=self._instrument))
         metadata: dict[str, Any] = dict(known.metadata)
         chat = ChatTemplate(
             s.chat_template or metadata.get("tokenizer.chat_template"),

@@ -59,7 +59,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self.governor: Governor | None = None
         self.latencies: Latencies | None = None
-        self.engine = Engine(context, settings, self._deliver)
+        self.engine = Engine(context, settings, self._deliver, self._spare_bytes)
 
     def close(self) -> None:
         """Stop governing, and end all answers with an error."""
@@ -115,6 +115,13 @@ class Service:
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
             uptime_s=time.time() - self.started_s,
         )
+
+    def _spare_bytes(self) -> int:
+        """Headroom beyond the reserve; nothing is known of it where nothing is governed."""
+        reading = self.governor.reading if self.governor else None
+        if self.governor is None or reading is None:
+            return 0
+        return reading.headroom.available_bytes - self.governor.settings.low_for(reading.headroom.limit_bytes)
 
     def _deliver(self, events: list[tuple[Request, Event]]) -> None:
         self._loop.call_soon_threadsafe(_tell, events)

@@ -22,8 +22,7 @@ def fitting_cells(known: Preview, load: LoadSettings, room: Headroom, law: LawSe
     Raises:
         EnvironmentProblem: not even a small one fits.
     """
-    wanted = load.n_ctx or max(known.n_ctx_train, _DEFAULT_CELLS)
-    wanted = -(-wanted // _STEP_CELLS) * _STEP_CELLS
+    wanted = wanted_cells(known, load)
     per_cell = max(1, cache_bytes_per_token(known.metadata, load.kv_type))
     spare = max(0, room.available_bytes - law.low_for(room.limit_bytes))
     fits = spare // per_cell // _STEP_CELLS * _STEP_CELLS
@@ -36,6 +35,12 @@ def fitting_cells(known: Preview, load: LoadSettings, room: Headroom, law: LawSe
             "free memory, lower --reserve, or use --kv-type q8_0."
         )
     return fits, (
-        f"the cache has room for {fits} instead of {wanted} tokens, as only {format_bytes(spare)} of memory can be "
-        "spared at start"
+        f"the cache has room for {fits} instead of {wanted} tokens at first, as only {format_bytes(spare)} of memory "
+        "can be spared; it grows when more are wanted and there is room"
     )
+
+
+def wanted_cells(known: Preview, load: LoadSettings) -> int:
+    """Cells that the cache is to have in the end, in whole steps."""
+    wanted = load.n_ctx or max(known.n_ctx_train, _DEFAULT_CELLS)
+    return -(-wanted // _STEP_CELLS) * _STEP_CELLS

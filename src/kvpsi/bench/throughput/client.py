@@ -1,0 +1,105 @@
+"""Clients that ask one question after the other, and what each waits for."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from kvpsi.errors import EnvironmentProblem
+
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request as its client saw it; times in seconds."""
+
+    first_token_s: float
+    latency_s: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What so many clients got from one server at once."""
+
+    n_clients: int
+    seconds: float
+    asked: tuple[Asked, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of all of them together, from the first request to the end of the last."""
+        return sum(a.n_tokens for a in self.asked) / self.seconds
+
+
+def ask(url: str, prompt: str, n_predict: int) -> Asked:
+    """Ask once, and stream the answer.
+
+    Raises:
+        EnvironmentProblem: the server did not answer as it should.
+    """
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": n_predict,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began = time.monotonic()
+    first_s, n_chunks, n_told = 0.0, 0, 0
+    try:
+        connection.request(
+            "POST", f"{parts.path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        response = connection.getresponse()
+        if response.status != 200:
+            raise EnvironmentProblem(f"{url} answered with {response.status}: {response.read(500)!r}.")
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            said = json.loads(line[6:])
+            n_told = (said.get("usage") or {}).get("completion_tokens", n_told)
+            if any(choice["delta"].get("content") for choice in said["choices"]):
+                n_chunks += 1
+                first_s = first_s or time.monotonic() - began
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise EnvironmentProblem(f"{url} broke off ({error!r}).") from error
+    finally:
+        connection.close()
+    return Asked(first_s, time.monotonic() - began, n_told or n_chunks)
+
+
+def load(url: str, prompts: Sequence[str], n_clients: int, n_predict: int) -> Load:
+    """Have so many clients ask at once, each its share of the prompts one after the other.
+
+    Raises:
+        EnvironmentProblem: the server failed one of them.
+    """
+    asked: list[Asked] = []
+    failed: list[EnvironmentProblem] = []
+
+    def client(number: int) -> None:
+        try:
+            for prompt in prompts[number::n_clients]:
+                asked.append(ask(url, prompt, n_predict))
+        except EnvironmentProblem as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(n_clients)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return Load(n_clients, time.monotonic() - began, tuple(asked))

@@ -1,0 +1,126 @@
+"""The servers that are compared, each in a process of its own, with the same context, places and threads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from kvpsi.errors import EnvironmentProblem
+
+Name = Literal["kvpsi", "xllamacpp", "llama-cpp-python"]
+_START_S = 120.0
+_MODULES = {"kvpsi": "fastapi", "xllamacpp": "xllamacpp", "llama-cpp-python": "sse_starlette"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all of them get: the model, tokens of context in all, answers at once, and threads."""
+
+    model: Path
+    n_ctx: int
+    n_parallel: int
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers at ``url``."""
+
+    name: Name
+    url: str
+    process: psutil.Process
+
+    @property
+    def rss_bytes(self) -> int:
+        """Its resident set."""
+        return int(self.process.memory_info().rss)
+
+
+def is_installed(name: Name) -> bool:
+    """Whether it can be started here."""
+    return importlib.util.find_spec(_MODULES[name]) is not None
+
+
+@contextlib.contextmanager
+def running(name: Name, setting: Setting) -> Iterator[Running]:
+    """Start one, wait until it answers, and end it afterwards.
+
+    Raises:
+        EnvironmentProblem: it did not come up.
+    """
+    port = _free_port()
+    process = subprocess.Popen(_command(name, setting, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        _wait_until_it_answers(process, url, name)
+        yield Running(name, url, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _command(name: Name, s: Setting, port: int) -> list[str]:
+    python = [sys.executable, "-m"]
+    if name == "kvpsi":
+        sizes = ["-c", str(s.n_ctx), "-np", str(s.n_parallel), "-t", str(s.n_threads)]
+        return [*python, "kvpsi", "serve", "-m", str(s.model), "--port", str(port), *sizes]
+    if name == "xllamacpp":
+        sizes = [str(s.n_ctx), str(s.n_parallel), str(s.n_threads)]
+        return [*python, "kvpsi.bench.throughput.servers", str(s.model), str(port), *sizes]
+    sizes = ["--n_ctx", str(s.n_ctx), "--n_threads", str(s.n_threads), "--n_threads_batch", str(s.n_threads)]
+    return [*python, "llama_cpp.server", "--model", str(s.model), "--port", str(port), "--flash_attn", "true", *sizes]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, name: Name) -> None:
+    deadline = time.monotonic() + _START_S
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "model": "default"})
+    request = urllib.request.Request(
+        f"{url}/chat/completions", body.encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(request, timeout=30) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.2)
+    raise EnvironmentProblem(f"The server of {name} did not come up; start it by hand to see why.")
+
+
+def _serve_xllamacpp(model: str, port: int, n_ctx: int, n_parallel: int, n_threads: int) -> None:
+    """llama.cpp's own server (llama-server), as xllamacpp's wheel has it, until SIGTERM."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.n_ctx, params.n_parallel = n_ctx, n_parallel
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = n_threads
+    server = xllamacpp.Server(params)
+    while server is not None:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    _serve_xllamacpp(sys.argv[1], *map(int, sys.argv[2:6]))
