@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvpsi.errors import UsageError
-from kvpsi.serving.chat import ChatTemplate, schema_of_a_call, tool_calls_in
+from kvpsi.serving.chat import ChatTemplate, ToolStream, schema_of_a_call, tool_calls_in
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}},
@@ -60,6 +62,30 @@ def test_calls_are_found(text: str, rest: str, calls: list[tuple[str, object]]) 
     said, found = tool_calls_in(text, ["weather", "time"])
     assert said == rest and [(c.name, json.loads(c.arguments)) for c in found] == calls
     assert len({c.id for c in found}) == len(found)
+
+
+@given(st.lists(st.integers(0, 60), max_size=8))
+@pytest.mark.parametrize(
+    ("text", "shown", "n_calls"),
+    [
+        ("Just <b>text</b> with < and <tool", "Just <b>text</b> with < and <tool", 0),
+        ('Well. <tool_call>{"name": "time", "arguments": {}}</tool_call>', "Well. ", 1),
+        (' {"name": "time", "arguments": {}}', "", 1),
+        ("[1, 2] is a list", "[1, 2] is a list", 0),
+        ("<tool_call>{broken}</tool_call> so", "<tool_call>{broken}</tool_call> so", 0),
+    ],
+)
+def test_a_stream_shows_text_and_holds_calls_back(text: str, shown: str, n_calls: int, cuts: list[int]) -> None:
+    stream = ToolStream(["time"])
+    ends = sorted({*(min(c, len(text)) for c in cuts), len(text)})
+    told = "".join(stream.feed(text[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+    rest, calls = stream.finish()
+    assert (told + rest, len(calls)) == (shown, n_calls)
+
+
+def test_text_is_not_held_back_without_need() -> None:
+    stream = ToolStream(["time"])
+    assert stream.feed("Hello") == "Hello" and stream.feed(" <") == " " and stream.feed("b>") == "<b>"
 
 
 def test_a_call_has_a_schema() -> None:

@@ -231,6 +231,16 @@ def test_answers_are_paused_instead_of_forgetting(default_model: Path) -> None:
         assert context.cache.trusted
 
 
+def test_a_cache_that_stays_as_it_is_serves_as_well(default_model: Path) -> None:
+    with opened(default_model, 1024, elastic=False) as context, running(context, parallel=2) as engine:
+        asked = [ask(engine, STORY + word, max_tokens=12) for word in ("sang", "slept", "wept")]
+        assert all(each.finished()[1].generated_tokens == 12 for each in asked)
+        _, end = ask(engine, STORY + "sang", max_tokens=4).finished()
+        assert end.cached_tokens > 10 and context.cache.used_cells > 0
+        assert engine.memory.status().used_bytes <= engine.memory.status().capacity_bytes
+        assert engine.memory.give_now() == 0
+
+
 def test_the_context_grows_when_more_is_wanted(default_model: Path) -> None:
     with opened(default_model, 512, 2048) as context, running(context, spare_bytes=1 << 30, parallel=3) as engine:
         assert context.n_ctx == 2048

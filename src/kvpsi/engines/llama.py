@@ -53,7 +53,7 @@ class Summary:
     stall_s: float
     trusted: bool
     reason: str
-    mode: Literal["pages", "rebuild"]
+    mode: Literal["pages", "rebuild", "fixed"]
 
 
 class GovernedLlama:

@@ -100,7 +100,7 @@ class GatedCache(ABC):
     ``_n_ubatch``, the most tokens that llama.cpp computes at once, and ``_n_swa``, the sliding window or 0.
     """
 
-    mode: ClassVar[Literal["pages", "rebuild"]]
+    mode: ClassVar[Literal["pages", "rebuild", "fixed"]]
     _n_ubatch: int
     _n_swa: int
 

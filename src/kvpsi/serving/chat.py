@@ -13,8 +13,10 @@ import jinja2
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from kvpsi.errors import UsageError
+from kvpsi.serving.text import overlap
 
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_TAG = "<tool_call>"
 _NAMED_KEYS = ("arguments", "parameters")
 
 
@@ -88,6 +90,34 @@ def _object(text: Any) -> Any:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError:
         return text
+
+
+class ToolStream:
+    """An answer that may call tools, as it comes: text is shown at once, what may be a call is held back."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._held = ""
+        self._shown = False
+        self._may_call = False
+
+    def feed(self, text: str) -> str:
+        """What can be shown now."""
+        self._held += text
+        begins = self._held.lstrip()[:1]
+        if self._may_call or (not self._shown and (not begins or begins in "{[")):
+            self._may_call = bool(begins)
+            return ""
+        at = self._held.find(_TAG)
+        self._may_call = at >= 0
+        end = at if self._may_call else len(self._held) - overlap(self._held, _TAG)
+        shown, self._held = self._held[:end], self._held[end:]
+        self._shown = self._shown or bool(shown)
+        return shown
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """What is left to show, and the calls."""
+        return tool_calls_in(self._held, self._names)
 
 
 def tool_calls_in(text: str, names: Sequence[str]) -> tuple[str, list[ToolCall]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ import llama_cpp
 from llama_cpp._internals import LlamaModel
 
 from kvpsi.engines.loading import KV_TYPES, LoadSettings, load_model, usable_threads
-from kvpsi.errors import EnvironmentProblem
+from kvpsi.errors import EnvironmentProblem, LayoutError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache
+from kvpsi.kv.fixed import FixedCache
+
+log = logging.getLogger("kvpsi")
 
 _N_UBATCH = 512
 _LONGEST_PIECE_BYTES = 256
@@ -30,6 +34,7 @@ class ContextPlan:
         settings: what forgetting must leave alone.
         unified: whether all sequences share all cells; else each has an equal part to itself.
         cache_limit: most of the cache to use, a share.
+        elastic: whether memory is to be given back, where that is possible.
     """
 
     load: LoadSettings
@@ -37,6 +42,7 @@ class ContextPlan:
     settings: CacheSettings = field(default_factory=CacheSettings)
     unified: bool = True
     cache_limit: float = 1.0
+    elastic: bool = True
 
 
 class ServedContext:
@@ -56,7 +62,6 @@ class ServedContext:
 
     Raises:
         EnvironmentProblem: there is no memory for the context.
-        LayoutError: its cache cannot give memory back.
     """
 
     def __init__(
@@ -91,11 +96,20 @@ class ServedContext:
             )
         self.ctx = ctx
         try:
-            self.cache = ElasticCache(ctx, settings=self.plan.settings, instrument=self._instrument)
+            self.cache = self._make_cache(ctx)
         except BaseException:
             llama_cpp.llama_free(ctx)
             raise
         self.cache.cap_cells = int(self.plan.cache_limit * self.cache.n_cells)
+
+    def _make_cache(self, ctx: llama_cpp.llama_context_p) -> ElasticCache | FixedCache:
+        if self.plan.elastic:
+            try:
+                return ElasticCache(ctx, settings=self.plan.settings, instrument=self._instrument)
+            except LayoutError as error:
+                log.warning("kvpsi gives no memory of this model back: %s", error)
+                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), False)
+        return FixedCache(ctx, settings=self.plan.settings)
 
     def grow(self, n_cells: int) -> list[int]:
         """Make the context anew with room for so many tokens, or as it was if there is no memory for that.
@@ -160,7 +174,6 @@ def open_context(
     Raises:
         ModelFileError: llama.cpp would not load the model.
         EnvironmentProblem: there is no memory for the context.
-        LayoutError: its cache cannot give memory back.
     """
     model = load_model(path, plan.load)
     try:

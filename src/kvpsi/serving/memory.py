@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvpsi.kv import ElasticCache
+from kvpsi.kv.fixed import FixedCache
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.sessions import Session, Sessions
 from kvpsi.status import CacheStatus
@@ -29,7 +30,7 @@ class CacheMemory:
         self._shrink_if_idle = shrink_if_idle
 
     @property
-    def cache(self) -> ElasticCache:
+    def cache(self) -> ElasticCache | FixedCache:
         """The cache as it is now: growing makes another."""
         return self._context.cache
 

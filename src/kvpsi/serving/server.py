@@ -154,7 +154,7 @@ class Server:
             name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
             service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s)
             stack.callback(service.close)
-            if s.govern:
+            if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())
                 service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
             service.latencies = Latencies(self._registry, name.alias)
@@ -177,7 +177,7 @@ class Server:
         if remark:
             self._say(remark)
         load = replace(s.load, n_ctx=wanted_cells(known, s.load))
-        plan = ContextPlan(load, s.engine.parallel + 1, s.cache, cache_limit=s.cache_limit)
+        plan = ContextPlan(load, s.engine.parallel + 1, s.cache, cache_limit=s.cache_limit, elastic=s.govern)
         context = stack.enter_context(open_context(s.model, plan, n_cells, instrument=self._instrument))
         metadata: dict[str, Any] = dict(known.metadata)
         chat = ChatTemplate(

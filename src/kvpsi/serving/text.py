@@ -48,13 +48,13 @@ class TextStream:
         if found:  # the one that was complete first, however the text came in pieces
             _, at, self.stopped_by = min(found)
             return text[:at]
-        kept = max(_overlap(text, s) for s in self._stop) if more_may_come else 0
+        kept = max(overlap(text, s) for s in self._stop) if more_may_come else 0
         shown = len(text) - kept
         self._held = text[shown:]
         return text[:shown]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of a text are the first of a stop string."""
+def overlap(text: str, stop: str) -> int:
+    """How many of the last characters of a text are the first of a string, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -16,7 +16,7 @@ from kvpsi.serving.api.answers import UNLIMITED, chat_logprobs, check_model, new
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import ChatRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
-from kvpsi.serving.chat import ToolCall, schema_of_a_call, tool_calls_in
+from kvpsi.serving.chat import ToolCall, ToolStream, schema_of_a_call, tool_calls_in
 from kvpsi.serving.service import Service
 
 router = APIRouter()
@@ -149,20 +149,19 @@ async def _chunks(
         return {**head, "choices": [{"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]}
 
     begun: set[int] = set()
-    held: dict[int, list[str]] = {number: [] for number in range(len(requests))}
+    tools = [ToolStream(names) for _ in requests]
     ends: list[engine.Finished] = []
     async for number, event in merged([service.answer(request) for request in requests]):
         if number not in begun:
             begun.add(number)
             yield chunk(number, {"role": "assistant", "content": "", "refusal": None})
         if isinstance(event, engine.Text):
-            if names:  # a call is known as one only when it is complete
-                held[number].append(event.text)
-            else:
+            shown = tools[number].feed(event.text) if names else event.text
+            if shown or body.logprobs:
                 logprobs = chat_logprobs(event.tokens) if body.logprobs else None
-                yield chunk(number, {"content": event.text}, logprobs=logprobs)
+                yield chunk(number, {"content": shown}, logprobs=logprobs)
         elif isinstance(event, engine.Finished):
-            text, calls = tool_calls_in("".join(held[number]), names)
+            text, calls = tools[number].finish()
             if text:
                 yield chunk(number, {"content": text})
             for index, call in enumerate(calls):
