@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import __version__
-from kvpsi.cli import bench, board, doctor, generate, hog, pull, serve
+from kvpsi.cli import bench, board, doctor, generate, hog, pull, serve, top
 from kvpsi.cli.output import one_line
 from kvpsi.errors import KvpsiError
 
@@ -36,6 +36,7 @@ app.command()(doctor.doctor)
 app.command()(hog.hog)
 app.command()(pull.pull)
 app.command()(serve.serve)
+app.command()(top.top)
 
 
 def _print_version(wanted: bool) -> None:
