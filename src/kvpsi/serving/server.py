@@ -18,13 +18,14 @@ from kvpsi.engines.loading import LoadSettings, preview
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
 from kvpsi.governor import LawSettings
-from kvpsi.instrument import Instrument
+from kvpsi.instrument import Instrument, Instruments
 from kvpsi.kv import CacheSettings
 from kvpsi.pressure import open_source
 from kvpsi.serving.api.app import make_app
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import EngineSettings
+from kvpsi.serving.history import Events
 from kvpsi.serving.metrics import Latencies, StatusCollector
 from kvpsi.serving.service import ModelName, Service
 from kvpsi.serving.size import fitting_cells, wanted_cells
@@ -90,7 +91,8 @@ class Server:
     ) -> None:
         self.settings = settings
         self._say = say
-        self._instrument = instrument
+        self._events = Events()
+        self._instrument = Instruments([self._events] if instrument is None else [self._events, instrument])
         self._failure: BaseException | None = None
         self._registry = CollectorRegistry()
         self.app = make_app(
@@ -152,7 +154,7 @@ class Server:
             context, chat = await asyncio.to_thread(self._open, stack)
             s = self.settings
             name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
-            service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s)
+            service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s, events=self._events)
             stack.callback(service.close)
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())

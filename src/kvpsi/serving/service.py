@@ -14,6 +14,7 @@ from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.history import Events, History
 from kvpsi.serving.metrics import Latencies
 from kvpsi.serving.request import Event, Failed, Finished, Request
 from kvpsi.serving.status import Status
@@ -42,6 +43,7 @@ class Service:
         name: what it is called.
         settings: of the engine.
         queue_timeout_s: how long a request may wait before it is begun.
+        events: hear what the cache does; the governor tells them as well.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Service:
         settings: EngineSettings | None = None,
         *,
         queue_timeout_s: float = 60.0,
+        events: Events | None = None,
     ) -> None:
         self.context, self.chat, self.name = context, chat, name
         self.started_s = time.time()
@@ -59,10 +62,13 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self.governor: Governor | None = None
         self.latencies: Latencies | None = None
+        self.events = events or Events()
         self.engine = Engine(context, settings, self._deliver, self._spare_bytes)
+        self.history = History(self.status)
 
     def close(self) -> None:
         """Stop governing, and end all answers with an error."""
+        self.history.close()
         if self.governor is not None:
             self.governor.stop()
         self.engine.close()

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Lifespan
 
 from kvpsi import __version__
-from kvpsi.serving.api import chat, completions, embeddings, errors, health, models, tokens
+from kvpsi.serving.api import chat, completions, embeddings, errors, health, models, page, tokens
 from kvpsi.serving.api.guard import Guard
 
 _MOST_BODY_BYTES = 8 << 20
@@ -45,6 +45,6 @@ def make_app(
     app.state.registry = registry
     app.state.service = None
     errors.install(app)
-    for part in (chat, completions, embeddings, models, tokens, health):
+    for part in (chat, completions, embeddings, models, tokens, health, page):
         app.include_router(part.router)
     return app

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvpsi.serving.api.errors import ApiError, response_to
 
 _OPEN = ("/health", "/v1/health", "/ready", "/metrics", "/", "/favicon.ico")
+_PAGE = "/page/"
 _NEED_NO_MODEL = (*_OPEN, "/docs", "/redoc", "/openapi.json")
 
 
@@ -43,7 +44,7 @@ class Guard:
             self._check_length(headers)
             if b"content-length" not in headers:
                 receive = await self._read_ahead(receive)
-            if scope["path"] not in _NEED_NO_MODEL and not self._is_loaded():
+            if not self._is_loaded() and scope["path"] not in _NEED_NO_MODEL and not scope["path"].startswith(_PAGE):
                 raise ApiError(503, "The model is being loaded; try again in a moment.")
         except ApiError as error:
             await response_to(error)(scope, receive, send)
@@ -51,7 +52,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or path in _OPEN:
+        if not self._keys or path in _OPEN or path.startswith(_PAGE):
             return
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")

@@ -40,6 +40,17 @@ async def metrics(http: Request) -> Response:
     return Response(generate_latest(http.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+@router.get("/v1/kvpsi/history")
+async def history(http: Request) -> dict[str, Any]:
+    """The status, the last five minutes of it, and what the governor did last."""
+    service = http.app.state.service
+    return {
+        "status": dataclasses.asdict(service.status()),
+        "series": service.history.series(),
+        "events": service.events.all(),
+    }
+
+
 @router.get("/v1/kvpsi/status")
 async def status(http: Request) -> dict[str, Any]:
     """What the server is doing, and why."""
