@@ -6,17 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= At what water level does the station send the red alarm?
+SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= elastic
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench setup clean
+.PHONY: help run ask test lint format bench setup clean
 
 help:  ## Show what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 	    printf '%-12s %s\n' "$$name" "$$text"; done
 
-run: $(READY)  ## Ask the default model a question about a long document, with the cache governed
+run: $(READY)  ## Serve the default model behind OpenAI's API until Ctrl-C; SERVE_ARGS adds options
+	$(BIN)/kvpsi serve $(SERVE_ARGS)
+
+ask: $(READY)  ## Ask it a QUESTION about a long document, without a server
 	$(BIN)/kvpsi generate --file examples/long_document.txt "$(QUESTION)"
 
 test: $(READY)  ## Run all tests, one after the other: llama.cpp's threads spin and would slow each other down

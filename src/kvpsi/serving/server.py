@@ -168,7 +168,12 @@ class Server:
         else:
             self._say(
                 f"{name.alias} is served at {self.address}/v1 ({context.n_ctx} tokens of context, "
-                f"{s.engine.parallel} answers at once)"
+                f"{s.engine.parallel} answers at once); status page and chat: {self.address}/"
+            )
+            key = " -H 'Authorization: Bearer KEY'" if s.api_keys else ""
+            self._say(
+                f"try: curl {self.address}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+                """-d '{"messages": [{"role": "user", "content": "Name a colour."}]}'"""
             )
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[ServedContext, ChatTemplate]:
