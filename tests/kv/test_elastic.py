@@ -22,7 +22,7 @@ import pytest
 from contexts import Shape, batch_of, logits, open_context, open_model
 from truth import WrittenCells
 
-from kvpsi.errors import CacheRefusedError, LayoutError
+from kvpsi.errors import CacheRefusedError, LayoutError, UsageError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
 from kvpsi.kv.elastic import CacheSettings, ElasticCache, Forgotten, _shares
@@ -872,6 +872,15 @@ def test_a_stream_copy_that_was_cleared_before_it_was_made_takes_no_memory(model
         assert decode(cache, text(3)) == 0
         assert cache.trusted and cache.used_cells == 3
         assert cache.resident_bytes() < 0.15 * cache.capacity_bytes
+
+
+def test_part_of_a_sequence_is_not_copied_between_streams(model: llama_cpp.llama_model_p) -> None:
+    with elastic(model, SHAPES["streams"]) as cache:
+        assert decode(cache, text(50)) == 0
+        with pytest.raises(UsageError, match="whole sequences"):
+            cache.seq_cp(0, 1, 0, 20)
+        cache.seq_cp(0, 1, 0, -1)
+        assert decode(cache, text(1, seq_id=1)) == 0 and cache.trusted
 
 
 @pytest.mark.parametrize("name", ["unified", "streams"])

@@ -241,6 +241,16 @@ def test_a_cache_that_stays_as_it_is_serves_as_well(default_model: Path) -> None
         assert engine.memory.give_now() == 0
 
 
+def test_answers_with_a_part_of_the_cache_each(default_model: Path) -> None:
+    with opened(default_model, 4096, unified=False) as context, running(context, parallel=3) as engine:
+        assert context.n_ctx == 512
+        beginning = STORY * 4
+        asked = [ask(engine, beginning + word, max_tokens=12) for word in ("sang", "slept", "wept", "left")]
+        assert all(each.finished()[1].generated_tokens == 12 for each in asked)
+        _, end = ask(engine, beginning + "sang again", max_tokens=4).finished()
+        assert end.cached_tokens > 50 and context.cache.trusted
+
+
 def test_the_context_grows_when_more_is_wanted(default_model: Path) -> None:
     with opened(default_model, 512, 2048) as context, running(context, spare_bytes=1 << 30, parallel=3) as engine:
         assert context.n_ctx == 2048

@@ -59,6 +59,9 @@ def serve(
     log: Annotated[
         Path | None, typer.Option("--log", envvar="KVPSI_LOG", help="Write decisions as JSON lines.")
     ] = None,
+    kv_unified: Annotated[
+        bool, typer.Option("--kv-unified/--no-kv-unified", envvar="KVPSI_KV_UNIFIED", help="Share all of the cache.")
+    ] = True,
     no_govern: Annotated[bool, typer.Option("--no-govern", help="Never give memory back, for comparison.")] = False,
 ) -> None:
     """Serve a model behind OpenAI's API until Ctrl-C; its memory shrinks when others need it."""
@@ -93,6 +96,7 @@ def serve(
         queue_timeout_s=queue_timeout_s,
         most_body_bytes=units.parse_bytes(max_body),
         govern=not no_govern,
+        unified=kv_unified,
     )
     with contextlib.ExitStack() as stack:
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))

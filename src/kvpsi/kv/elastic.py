@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from kvpsi.errors import LayoutError
+from kvpsi.errors import LayoutError, UsageError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import pages
 from kvpsi.kv.cells import UNKNOWN_TOKEN, IntArray, StreamCells
@@ -387,7 +387,15 @@ class ElasticCache(GatedCache):
 
     @exclusive
     def seq_cp(self, src: int, dst: int, p0: int, p1: int) -> None:
-        """`llama_memory_seq_cp`; between streams llama.cpp copies the bytes at the next decode."""
+        """`llama_memory_seq_cp`; between streams llama.cpp copies the bytes at the next decode.
+
+        Raises:
+            UsageError: part of a sequence is to be copied to another stream, for which llama.cpp ends the process.
+        """
+        mirror = self.trackers[0].mirror
+        across = mirror.stream_of(src) is not mirror.stream_of(dst)
+        if across and any(0 < p < mirror.n_cells - 1 for p in (p0, p1)):
+            raise UsageError("Between streams only whole sequences can be copied: leave p0 and p1 at -1.")
         llama_cpp.llama_memory_seq_cp(self._memory, src, dst, p0, p1)
         for tracker in self.trackers:
             source, target = tracker.mirror.stream_of(src), tracker.mirror.stream_of(dst)

@@ -85,7 +85,8 @@ class ServedContext:
     @property
     def n_ctx(self) -> int:
         """The most tokens of one conversation, prompt and answer."""
-        return min(self.wanted_cells, self.model.n_ctx_train() or self.wanted_cells)
+        most = self.wanted_cells if self.plan.unified else self.wanted_cells // self.n_seq
+        return min(most, self.model.n_ctx_train() or most)
 
     def _make(self, n_cells: int) -> None:
         params = _context_params(self.plan, n_cells)

@@ -290,7 +290,7 @@ class Engine:
     def _may_begin(self, request: Request) -> bool:
         """Whether it should not rather wait for another that reads the same, or for room."""
         prompt = request.prompt
-        for other in self.running:
+        for other in self.running if self.context.plan.unified else ():
             if other.left > 1:
                 shared = common_prefix(other.tokens, prompt)
                 if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
@@ -341,7 +341,8 @@ class Engine:
         n_resting = min(most, common_prefix(resting.tokens, tokens)) if resting else 0
         saved = self.sessions.best(tokens, pin)
         n_saved = min(most, saved.n_tokens) if saved else 0
-        running = [(min(most, self._shared_with(other, tokens)), other) for other in self.running]
+        others = self.running if self.context.plan.unified else ()  # else llama.cpp copies whole streams only
+        running = [(min(most, self._shared_with(other, tokens)), other) for other in others]
         n_running, source = max(running, key=lambda each: each[0], default=(0, None))
 
         if resting is not None and n_resting >= max(n_saved, n_running, 1) and 2 * n_resting >= len(resting.tokens):

@@ -51,6 +51,7 @@ class ServerSettings:
         queue_timeout_s: how long a request may wait before it is begun.
         most_body_bytes: the largest request.
         govern: whether memory is given back when others need it.
+        unified: whether all answers share all cells of the cache; else each has an equal part to itself.
     """
 
     model: Path
@@ -67,6 +68,7 @@ class ServerSettings:
     queue_timeout_s: float = 60.0
     most_body_bytes: int = 8 << 20
     govern: bool = True
+    unified: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -184,7 +186,14 @@ class Server:
         if remark:
             self._say(remark)
         load = replace(s.load, n_ctx=wanted_cells(known, s.load))
-        plan = ContextPlan(load, s.engine.parallel + 1, s.cache, cache_limit=s.cache_limit, elastic=s.govern)
+        plan = ContextPlan(
+            load,
+            n_seq=s.engine.parallel + 1,
+            settings=s.cache,
+            unified=s.unified,
+            cache_limit=s.cache_limit,
+            elastic=s.govern,
+        )
         context = stack.enter_context(open_context(s.model, plan, n_cells, instrument=self._instrument))
         metadata: dict[str, Any] = dict(known.metadata)
         chat = ChatTemplate(

@@ -19,8 +19,8 @@ from kvpsi.errors import UsageError
 
 Report = Callable[[str], None]
 _LEVEL_OF_BATCHING = 8
-_TARGETS = {"xllamacpp": 1.0, "llama-cpp-python": None}
-_TARGETS_BATCHING = {"xllamacpp": 1.15, "llama-cpp-python": 3.0}
+_TARGETS = {"xllamacpp": 1.0, "llama-cpp-python": None, "kvpsi-streams": None}
+_TARGETS_BATCHING = {"xllamacpp": 1.15, "llama-cpp-python": 3.0, "kvpsi-streams": None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,15 @@ import psutil
 
 from kvpsi.errors import EnvironmentProblem
 
-Name = Literal["kvpsi", "xllamacpp", "llama-cpp-python"]
+Name = Literal["kvpsi", "kvpsi-streams", "xllamacpp", "llama-cpp-python"]
+"""``kvpsi-streams`` is kvpsi with a part of the cache for each answer instead of one that all share."""
 _START_S = 120.0
-_MODULES = {"kvpsi": "fastapi", "xllamacpp": "xllamacpp", "llama-cpp-python": "sse_starlette"}
+_MODULES = {
+    "kvpsi": "fastapi",
+    "kvpsi-streams": "fastapi",
+    "xllamacpp": "xllamacpp",
+    "llama-cpp-python": "sse_starlette",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +84,9 @@ def running(name: Name, setting: Setting) -> Iterator[Running]:
 
 def _command(name: Name, s: Setting, port: int) -> list[str]:
     python = [sys.executable, "-m"]
-    if name == "kvpsi":
+    if name in ("kvpsi", "kvpsi-streams"):
         sizes = ["-c", str(s.n_ctx), "-np", str(s.n_parallel), "-t", str(s.n_threads)]
+        sizes += ["--no-kv-unified"] if name == "kvpsi-streams" else []
         return [*python, "kvpsi", "serve", "-m", str(s.model), "--port", str(port), *sizes]
     if name == "xllamacpp":
         sizes = [str(s.n_ctx), str(s.n_parallel), str(s.n_threads)]
