@@ -73,6 +73,11 @@ def healthy(served: Served) -> Any:
         (CHAT, {**ASK, "model": "another"}, 404, "another"),
         (CHAT, {**ASK, "tool_choice": "required"}, 400, "tools"),
         (CHAT, {**ASK, "grammar": "root ::= ("}, 400, "GBNF"),
+        (CHAT, {**ASK, "grammar": "root ::= <[4294967295]>", "temperature": 0}, 400, "grammar"),
+        (CHAT, {**ASK, "grammar": "root ::= " + "(" * 10_000}, 400, "simpler"),
+        (CHAT, {**ASK, "logit_bias": {"²": 1}}, 400, "logit_bias"),
+        ("/v1/completions", {"prompt": "x", "echo": True, "logprobs": 1}, 400, "echo"),
+        ("/v1/completions", {"prompt": ["x"] * 100, "n": 16}, 400, "answers"),
         (CHAT, {**ASK, "response_format": {"type": "json_schema"}}, 400, "schema"),
         (CHAT, {**ASK, "response_format": {"type": "xml"}}, 400, "response_format"),
         (CHAT, {"messages": [{"role": "user", "content": "word " * 6000}]}, 400, "shorten"),
@@ -119,6 +124,24 @@ def test_bodies_that_are_too_large(served: Served) -> None:
         except (BrokenPipeError, ConnectionResetError):
             return
         assert b" 413 " in connection.recv(64)
+
+
+def test_a_length_that_is_not_the_bodys_does_not_open_the_door(served: Served) -> None:
+    with socket.create_connection(address(served), timeout=30) as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head)
+        try:
+            for _ in range(12):
+                connection.sendall(b"100000\r\n" + b"x" * 0x100000 + b"\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            return
+        assert connection.recv(64).split()[1] in (b"400", b"413")
+
+
+def test_text_may_come_in_parts_in_any_message(served: Served) -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    messages = [{"role": "system", "content": parts}, {"role": "user", "content": "Hello"}]
+    assert send(served, CHAT, {**ASK, "messages": messages})[0] == 200
 
 
 def test_other_methods(served: Served) -> None:

@@ -76,6 +76,8 @@ def serve(
         ) from error
     from kvpsi.cli.eventlog import EventLog
 
+    if any(not key for key in api_key or ()):
+        raise UsageError("An --api-key is empty, which would let everybody in: give it a value, or leave it out.")
     if log is not None and no_govern:
         raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     show_errors_only()
@@ -91,7 +93,7 @@ def serve(
         cache=cache_settings(keep, tail, min_prune),
         law=law_settings(reserve, regrow_above),
         cache_limit=units.parse_share(cache_limit),
-        api_keys=tuple(key for key in api_key or () if key),
+        api_keys=tuple(api_key or ()),
         chat_template=_text_of(chat_template),
         queue_timeout_s=queue_timeout_s,
         most_body_bytes=units.parse_bytes(max_body),

@@ -28,18 +28,24 @@ class FixedCache(GatedCache):
         self._n_seq = int(llama_cpp.llama_n_seq_max(ctx))
         self._n_ubatch = int(llama_cpp.llama_n_ubatch(ctx))
         self._n_swa = int(llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(ctx)))
+        self._n_cells = int(llama_cpp.llama_n_ctx(ctx))
+        self._used_cells = 0
         super().__init__(settings, None, None)
+        self._count()
 
     @property
     def n_cells(self) -> int:
         """Cells over all streams."""
-        return int(llama_cpp.llama_n_ctx(self.ctx))
+        return self._n_cells
 
     @property
     def used_cells(self) -> int:
-        """Cells that hold a token, as far as positions tell."""
+        """Cells that hold a token, as far as positions tell; counted by the engine's thread, so any may read it."""
+        return self._used_cells
+
+    def _count(self) -> None:
         held = [(self._first(s), self._last(s)) for s in range(self._n_seq)]
-        return min(self.n_cells, sum(last - first + 1 for first, last in held if last >= 0))
+        self._used_cells = min(self._n_cells, sum(last - first + 1 for first, last in held if last >= 0))
 
     @property
     def committed_cells(self) -> int:
@@ -97,28 +103,34 @@ class FixedCache(GatedCache):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if code not in (DECODE_OK, DECODE_ABORTED) and code < -1:
             self.distrust_reason = f"llama_decode returned {code}, after which the tokens held are not known"
+        self._count()
         return code
 
     @exclusive
     def clear(self) -> None:
         """`llama_memory_clear`."""
         llama_cpp.llama_memory_clear(self._memory, False)
+        self._used_cells = 0
         self.distrust_reason = None
 
     @exclusive
     def seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         """`llama_memory_seq_rm`."""
-        return bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+        done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
+        self._count()
+        return done
 
     @exclusive
     def seq_keep(self, seq_id: int) -> None:
         """`llama_memory_seq_keep`."""
         llama_cpp.llama_memory_seq_keep(self._memory, seq_id)
+        self._count()
 
     @exclusive
     def seq_cp(self, src: int, dst: int, p0: int, p1: int) -> None:
         """`llama_memory_seq_cp`."""
         llama_cpp.llama_memory_seq_cp(self._memory, src, dst, p0, p1)
+        self._count()
 
     @exclusive
     def seq_add(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
@@ -138,7 +150,9 @@ class FixedCache(GatedCache):
     def load_sequence(self, state: StateBytes, seq_id: int) -> bool:
         """`llama_state_seq_set_data`. False if llama.cpp refused it."""
         llama_cpp.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
-        return bool(llama_cpp.llama_state_seq_set_data(self.ctx, address_of(state), len(state), seq_id))
+        loaded = bool(llama_cpp.llama_state_seq_set_data(self.ctx, address_of(state), len(state), seq_id))
+        self._count()
+        return loaded
 
     def evict(self, n_cells: int) -> Trim:
         """Nothing."""

@@ -62,7 +62,7 @@ class ChatTemplate:
             return str(
                 self._format(messages=[_plain(m) for m in messages], tools=list(tools) if tools else None).prompt
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UsageError(f"The model's chat template refuses these messages: {error}.") from error
 
 
@@ -175,4 +175,8 @@ def schema_of_a_call(tools: Sequence[Mapping[str, Any]], name: str | None = None
         }
         for function in functions
     ]
-    return calls[0] if len(calls) == 1 else {"oneOf": calls}
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"oneOf": calls}
+    definitions: dict[str, Any] = {}
+    for function in functions:  # references in the parameters are to the root of the schema
+        definitions |= (function.get("parameters") or {}).get("$defs", {})
+    return {**schema, "$defs": definitions} if definitions else schema

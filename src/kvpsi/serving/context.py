@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import llama_cpp
 from llama_cpp._internals import LlamaModel
 
 from kvpsi.engines.loading import KV_TYPES, LoadSettings, load_model, usable_threads
-from kvpsi.errors import EnvironmentProblem, LayoutError
+from kvpsi.errors import CacheRefusedError, EnvironmentProblem, LayoutError, UsageError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache
 from kvpsi.kv.fixed import FixedCache
@@ -22,6 +23,10 @@ log = logging.getLogger("kvpsi")
 
 _N_UBATCH = 512
 _LONGEST_PIECE_BYTES = 256
+
+
+class ContextLostError(EnvironmentProblem):
+    """A context that was freed to make a larger one could not be made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class ServedContext:
 
     Raises:
         EnvironmentProblem: there is no memory for the context.
+        UsageError: the model is of a kind that cannot be served.
     """
 
     def __init__(
@@ -72,8 +78,15 @@ class ServedContext:
         self.n_seq = plan.n_seq
         self.n_vocab = model.n_vocab()
         self.growing_bytes = 0
+        self.lost = False
         self._instrument = instrument
         self._pieces: dict[int, bytes] = {}
+        if llama_cpp.llama_model_is_recurrent(model.model) or llama_cpp.llama_model_is_hybrid(model.model):
+            raise UsageError(
+                "This model remembers in recurrent layers, of which no part can be taken back or shared: it cannot be "
+                "served, but `kvpsi generate` runs it."
+            )
+        self.n_swa = int(llama_cpp.llama_model_n_swa(model.model))
         self._make(n_cells)
         self.n_batch = int(llama_cpp.llama_n_ubatch(self.ctx))
 
@@ -121,9 +134,9 @@ class ServedContext:
             the sequences that could not be loaded again; they are empty now.
 
         Raises:
-            EnvironmentProblem: no context could be made any more.
+            ContextLostError: no context could be made any more, and there is none now.
         """
-        before = self.cache
+        before, n_before = self.cache, self.cache.n_cells
         memory = llama_cpp.llama_get_memory(self.ctx)
         held = [s for s in range(self.n_seq) if llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
         states = {seq_id: before.save_sequence(seq_id) for seq_id in held}
@@ -131,16 +144,32 @@ class ServedContext:
         try:
             before.close()
             llama_cpp.llama_free(self.ctx)
+            self.lost = True
             try:
                 self._make(n_cells)
-            except EnvironmentProblem:
-                self._make(before.n_cells)
+            except (EnvironmentProblem, MemoryError, OSError):
+                self._make_again(n_before)
+            self.lost = False
             self.cache.take_over(before)
-            return [seq_id for seq_id, state in states.items() if not self.cache.load_sequence(state, seq_id)]
+            return [seq_id for seq_id, state in states.items() if not self._load(state, seq_id)]
         finally:
             self.growing_bytes = 0
             for state in states.values():
                 state.close()
+
+    def _make_again(self, n_cells: int) -> None:
+        try:
+            self._make(n_cells)
+        except (EnvironmentProblem, MemoryError, OSError) as error:
+            raise ContextLostError(
+                f"There is not even memory for a context of {n_cells} tokens any more ({error}); start it again."
+            ) from error
+
+    def _load(self, state: mmap.mmap, seq_id: int) -> bool:
+        try:
+            return self.cache.load_sequence(state, seq_id)
+        except CacheRefusedError:
+            return False
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; none for a control token."""
@@ -161,8 +190,9 @@ class ServedContext:
 
     def close(self) -> None:
         """Free context and weights."""
-        self.cache.close()
-        llama_cpp.llama_free(self.ctx)
+        if not self.lost:
+            self.cache.close()
+            llama_cpp.llama_free(self.ctx)
         self.model.close()
 
 
@@ -175,6 +205,7 @@ def open_context(
     Raises:
         ModelFileError: llama.cpp would not load the model.
         EnvironmentProblem: there is no memory for the context.
+        UsageError: the model is of a kind that cannot be served.
     """
     model = load_model(path, plan.load)
     try:

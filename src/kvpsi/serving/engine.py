@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import queue
 import threading
 import time
@@ -26,12 +27,12 @@ from kvpsi.errors import (
 from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
 from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
-from kvpsi.serving.context import ServedContext
+from kvpsi.serving.context import ContextLostError, ServedContext
 from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
-from kvpsi.serving.sessions import Session, Sessions
+from kvpsi.serving.sessions import Match, Session, Sessions
 from kvpsi.serving.step import Part, plan
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
@@ -112,6 +113,7 @@ class Engine:
         deliver: takes the events of each step at once, in the engine's thread; it must return quickly. By default
             every request's listener is called.
         spare_bytes: memory that could be taken for a while without harm; asked before the context grows.
+        on_death: told, by the engine's thread, if it cannot go on.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Engine:
         settings: EngineSettings | None = None,
         deliver: Deliver | None = None,
         spare_bytes: Callable[[], int] = lambda: 0,
+        on_death: Callable[[KvpsiError], None] = lambda _: None,
     ) -> None:
         self.context = context
         self.settings = settings or EngineSettings()
@@ -130,6 +133,7 @@ class Engine:
         self.running: list[Answer] = []
         self._deliver = deliver or _tell_listeners
         self._spare_bytes = spare_bytes
+        self._on_death = on_death
         self._events: list[tuple[Request, Event]] = []
         self._free = collections.deque(range(context.n_seq))
         self._resting: list[_Resting] = []
@@ -200,10 +204,14 @@ class Engine:
             self._jobs.put(do)
         return future
 
-    def close(self) -> None:
-        """End all answers with an error, and the thread; may be called twice. The context stays open."""
+    def end_soon(self) -> None:
+        """Have all answers end with an error, without waiting for it."""
         self._closing = True
         self._jobs.put(None)
+
+    def close(self) -> None:
+        """End all answers with an error, and the thread; may be called twice. The context stays open."""
+        self.end_soon()
         self._thread.join()
 
     # -- the thread ----------------------------------------------------------------------------------------------
@@ -215,6 +223,9 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
+            except ContextLostError as error:
+                self._closing = True
+                self._on_death(error)
             except Exception as error:  # one request must not end all others for good
                 log.exception("The engine failed")
                 self._fail_all(EnvironmentProblem(f"The engine failed ({error}); the request may be sent again."))
@@ -242,6 +253,7 @@ class Engine:
                 return
             if job is not None:
                 job()
+                return  # one at a time, so that whoever asks again at once does not keep all others waiting
 
     def _leave_no_job(self) -> None:
         while not self._jobs.empty():
@@ -286,6 +298,10 @@ class Engine:
             except KvpsiError as error:
                 self.counters.failed += 1
                 self._emit(chosen, Failed(error))
+            except Exception as error:  # nobody but this request knows of it yet
+                log.exception("A request could not be begun")
+                self.counters.failed += 1
+                self._emit(chosen, Failed(EnvironmentProblem(f"The request could not be begun ({error}).")))
 
     def _may_begin(self, request: Request) -> bool:
         """Whether it should not rather wait for another that reads the same, or for room."""
@@ -295,13 +311,18 @@ class Engine:
                 shared = common_prefix(other.tokens, prompt)
                 if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
                     return False
-        return not self.running or self.memory.room_cells() >= len(prompt)
+        return not self.running or self.memory.room_cells() >= self._cells_to_begin(request)
+
+    def _cells_to_begin(self, request: Request) -> int:
+        """Cells that it takes until its next token is there."""
+        paused = self._paused.get(request)
+        return len(paused.tokens if paused else request.prompt) + 1
 
     def _grow_for_those_who_wait(self) -> bool:
         """Grow if the first in the queue waits for cells that the context does not have; whether it did."""
         with self._lock:
             first = next(iter(self.waiting), None)
-        return first is not None and self._grow(self.context.cache.used_cells + len(first.prompt))
+        return first is not None and self._grow(self.context.cache.used_cells + self._cells_to_begin(first))
 
     def _grow(self, n_cells: int) -> bool:
         """Make room for so many cells, if the context is smaller and memory allows; whether it grew."""
@@ -309,8 +330,11 @@ class Engine:
         now, most = context.cache.n_cells, context.wanted_cells
         if n_cells <= now or now >= most:
             return False
-        target = min(most, -(-max(2 * now, n_cells + now // 2) // _STEP_CELLS) * _STEP_CELLS)
-        if target <= now or self._spare_bytes() < target * context.cache.bytes_per_cell:
+        # what several share is there once for each of them afterwards, and for a moment everything is there twice
+        held = sum(a.n_done for a in self.running) + sum(len(r.tokens) for r in self._resting)
+        target = min(most, -(-max(2 * now, n_cells + now // 2, held + now // 2) // _STEP_CELLS) * _STEP_CELLS)
+        needed_bytes = (target + held) * context.cache.bytes_per_cell
+        if target <= max(now, held) or self._spare_bytes() < needed_bytes:
             return False
         log.info("The context grows from %d to %d tokens.", now, target)
         lost = context.grow(target)
@@ -337,11 +361,14 @@ class Engine:
         """A sequence that holds as many of its first tokens as there are anywhere; the last one is decoded anew."""
         cache, tokens, pin = self.context.cache, answer.tokens, answer.request.pin
         most = len(tokens) - 1
+        # a sliding window has lost what lies before the place at which it would be cut
+        uncut = self.context.n_swa > 0
         resting = max(self._resting, key=lambda r: common_prefix(r.tokens, tokens), default=None)
-        n_resting = min(most, common_prefix(resting.tokens, tokens)) if resting else 0
+        n_resting = _usable(common_prefix(resting.tokens, tokens), len(resting.tokens), most, uncut) if resting else 0
         saved = self.sessions.best(tokens, pin)
-        n_saved = min(most, saved.n_tokens) if saved else 0
-        others = self.running if self.context.plan.unified else ()  # else llama.cpp copies whole streams only
+        n_saved = _usable(saved.n_tokens, len(saved.session.tokens), most, uncut) if saved else 0
+        # between streams llama.cpp copies whole sequences only
+        others = self.running if self.context.plan.unified and not uncut else ()
         running = [(min(most, self._shared_with(other, tokens)), other) for other in others]
         n_running, source = max(running, key=lambda each: each[0], default=(0, None))
 
@@ -353,14 +380,23 @@ class Engine:
             return resting.seq_id, n_resting
         self._park_resting()
         saved = self.sessions.best(tokens, pin)  # what rested is among them now, and others may have gone for it
-        n_saved = min(most, saved.n_tokens) if saved else 0
+        n_saved = _usable(saved.n_tokens, len(saved.session.tokens), most, uncut) if saved else 0
         seq_id = self._free.popleft()
+        try:
+            return seq_id, self._fill_from(source, n_running, saved, n_saved, seq_id)
+        except BaseException:
+            self._release(seq_id)
+            raise
+
+    def _fill_from(self, source: Answer | None, n_running: int, saved: Match | None, n_saved: int, seq_id: int) -> int:
+        """Give an empty sequence what is there of its prompt already; how many tokens that were."""
         if source is not None and n_running >= max(n_saved, _LEAST_SHARED_TOKENS):
-            cache.seq_cp(source.seq_id, seq_id, 0, n_running)
-            return seq_id, n_running
-        if saved is not None and n_saved >= _LEAST_KEPT_TOKENS and self._load(saved.session, seq_id, n_saved):
-            return seq_id, n_saved
-        return seq_id, 0
+            self.context.cache.seq_cp(source.seq_id, seq_id, 0, n_running)
+            return n_running
+        worthwhile = saved is not None and n_saved >= max(_LEAST_KEPT_TOKENS, len(saved.session.tokens) // 8)
+        if saved is not None and worthwhile and self._load(saved.session, seq_id, n_saved):
+            return n_saved
+        return 0
 
     def _shared_with(self, other: Answer, tokens: Sequence[int]) -> int:
         shared = common_prefix(other.tokens[: other.n_done], tokens)
@@ -398,6 +434,8 @@ class Engine:
             self._park_resting()
 
     def _release(self, seq_id: int) -> None:
+        if self.context.lost:
+            return
         self.context.cache.seq_rm(seq_id, -1, -1)
         self._free.append(seq_id)
 
@@ -405,11 +443,19 @@ class Engine:
         """Save what rests in the cache and take it out, so that nobody has to attend to it."""
         while self._resting:
             resting = self._resting.pop()
-            if self.context.cache.trusted and len(resting.tokens) >= _LEAST_KEPT_TOKENS:
-                state = self.context.cache.save_sequence(resting.seq_id)
-                self.sessions.add(Session(resting.tokens, state, resting.pin))
+            try:
+                self._save(resting)
+            except (KvpsiError, OSError) as error:  # it is read anew then
+                log.info("A conversation could not be saved: %s", error)
             self._release(resting.seq_id)
         self.memory.make_room(0)
+
+    def _save(self, resting: _Resting) -> None:
+        """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
+        cache, n_tokens = self.context.cache, len(resting.tokens)
+        short = cache.allowed_cells < cache.n_cells and self.memory.make_room(n_tokens)
+        if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
+            self.sessions.add(Session(resting.tokens, cache.save_sequence(resting.seq_id), resting.pin))
 
     def _forget_paused(self, request: Request) -> None:
         answer = self._paused.pop(request, None)
@@ -482,6 +528,7 @@ class Engine:
         answer.pauses += 1
         self.counters.pauses += 1
         self._paused[answer.request] = answer
+        answer.request.deadline_s = math.inf  # it was begun in time
         with self._lock:
             self.waiting.put_back(answer.request)
 
@@ -543,7 +590,13 @@ class Engine:
         chances = None
         if request.top_logprobs is not None:
             chances = log_probabilities(logits_of(context.ctx, index, context.n_vocab).copy())
-        token = answer.sampler.sample(context.ctx, index)
+        try:
+            token = answer.sampler.sample(context.ctx, index)
+        except KvpsiError as error:
+            self.counters.failed += 1
+            self._emit(request, Failed(error))
+            answer.finished = True
+            return
         self.counters.generated_tokens += 1
         ends = context.ends_answer(token) and not request.ignore_eos
         chosen = self._chosen(token, chances, request.top_logprobs or 0) if chances is not None and not ends else None
@@ -584,6 +637,12 @@ class Engine:
             self._release(self._resting.pop(0).seq_id)
         self.context.cache.give_now()
         return self.memory.returned_bytes - before
+
+
+def _usable(n_shared: int, n_held: int, most: int, uncut: bool) -> int:
+    """How many of the shared tokens can be gone on from."""
+    usable = min(n_shared, most)
+    return usable if usable == n_held or not uncut else 0
 
 
 @dataclass(eq=False, slots=True)

@@ -17,6 +17,8 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from kvpsi.errors import UsageError
 
 FloatArray = npt.NDArray[np.float32]
+_MOST_GRAMMAR_CHARACTERS = 64_000
+_MOST_GRAMMAR_GROUPS = 4_000
 _NEVER = -1e9  # a bias of -100 is to ban a token for good
 
 
@@ -102,6 +104,8 @@ class Sampler:
         token = self._choose(logits, within_grammar=False)
         if not self._allowed(token):  # looking at all tokens takes the grammar long, so only where there is need
             token = self._choose(logits, within_grammar=True)
+            if not self._allowed(token):
+                raise UsageError("The grammar allows no token of this model to come next; mend it.")
         self._chain.accept(token)
         self._grammar.accept(token)
         return token
@@ -173,6 +177,11 @@ def _chain(n_vocab: int, s: SamplingSettings, seed: int) -> LlamaSampler:
 
 
 def _grammar(model: LlamaModel, text: str) -> LlamaSampler:
+    if len(text) > _MOST_GRAMMAR_CHARACTERS or text.count("(") > _MOST_GRAMMAR_GROUPS:
+        raise UsageError(
+            f"A grammar may have {_MOST_GRAMMAR_CHARACTERS} characters and {_MOST_GRAMMAR_GROUPS} groups at most; "
+            "make it, or the JSON schema behind it, simpler."
+        )
     sampler = LlamaSampler()
     with contextlib.suppress(Exception):
         grammar = LlamaGrammar.from_string(text, verbose=False)

@@ -79,6 +79,16 @@ class ServerSettings:
             raise UsageError("Requests of less than 1 KiB say nothing; raise --max-body.")
 
 
+class _Uvicorn(uvicorn.Server):
+    """Has all answers end with an error that clients can read, before it waits for them to end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        service = getattr(getattr(self.config.app, "state", None), "service", None)
+        if service is not None:
+            service.engine.end_soon()
+        await super().shutdown(sockets)
+
+
 class Server:
     """One server.
 
@@ -103,7 +113,7 @@ class Server:
             most_body_bytes=settings.most_body_bytes,
             lifespan=self._lifespan,
         )
-        self._uvicorn = uvicorn.Server(
+        self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 self.app,
                 log_level="warning",
@@ -145,18 +155,28 @@ class Server:
         try:
             yield
         finally:
-            loading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loading
+            await loading  # a model that is being loaded cannot be closed
             app.state.service = None
             await asyncio.to_thread(stack.close)
+
+    def _die(self, error: KvpsiError) -> None:
+        self._failure = error
+        self._uvicorn.should_exit = True
 
     async def _load(self, app: FastAPI, stack: contextlib.ExitStack) -> None:
         try:
             context, chat = await asyncio.to_thread(self._open, stack)
             s = self.settings
             name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
-            service = Service(context, chat, name, s.engine, queue_timeout_s=s.queue_timeout_s, events=self._events)
+            service = Service(
+                context,
+                chat,
+                name,
+                s.engine,
+                queue_timeout_s=s.queue_timeout_s,
+                events=self._events,
+                on_death=self._die,
+            )
             stack.callback(service.close)
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvpsi.errors import KvpsiError
 from kvpsi.governor import Governor
 from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
@@ -44,6 +46,7 @@ class Service:
         settings: of the engine.
         queue_timeout_s: how long a request may wait before it is begun.
         events: hear what the cache does; the governor tells them as well.
+        on_death: told if no more can be answered.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Service:
         *,
         queue_timeout_s: float = 60.0,
         events: Events | None = None,
+        on_death: Callable[[KvpsiError], None] = lambda _: None,
     ) -> None:
         self.context, self.chat, self.name = context, chat, name
         self.started_s = time.time()
@@ -63,7 +67,7 @@ class Service:
         self.governor: Governor | None = None
         self.latencies: Latencies | None = None
         self.events = events or Events()
-        self.engine = Engine(context, settings, self._deliver, self._spare_bytes)
+        self.engine = Engine(context, settings, self._deliver, self._spare_bytes, on_death)
         self.history = History(self.status)
 
     def close(self) -> None:
@@ -130,7 +134,8 @@ class Service:
         return reading.headroom.available_bytes - self.governor.settings.low_for(reading.headroom.limit_bytes)
 
     def _deliver(self, events: list[tuple[Request, Event]]) -> None:
-        self._loop.call_soon_threadsafe(_tell, events)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(_tell, events)
 
     def tokenize(self, text: str, *, add_special: bool, special: bool = True) -> list[int]:
         """Token ids of a text. ``special`` reads the names of control tokens as such."""

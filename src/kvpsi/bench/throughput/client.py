@@ -67,6 +67,8 @@ def ask(url: str, prompt: str, n_predict: int) -> Asked:
             if not line.startswith(b"data: {"):
                 continue
             said = json.loads(line[6:])
+            if "error" in said:
+                raise EnvironmentProblem(f"{url} broke off: {said['error']}.")
             n_told = (said.get("usage") or {}).get("completion_tokens", n_told)
             if any(choice["delta"].get("content") for choice in said["choices"]):
                 n_chunks += 1
@@ -75,6 +77,8 @@ def ask(url: str, prompt: str, n_predict: int) -> Asked:
         raise EnvironmentProblem(f"{url} broke off ({error!r}).") from error
     finally:
         connection.close()
+    if not n_chunks:
+        raise EnvironmentProblem(f"{url} answered without any text.")
     return Asked(first_s, time.monotonic() - began, n_told or n_chunks)
 
 
@@ -85,13 +89,13 @@ def load(url: str, prompts: Sequence[str], n_clients: int, n_predict: int) -> Lo
         EnvironmentProblem: the server failed one of them.
     """
     asked: list[Asked] = []
-    failed: list[EnvironmentProblem] = []
+    failed: list[Exception] = []
 
     def client(number: int) -> None:
         try:
             for prompt in prompts[number::n_clients]:
                 asked.append(ask(url, prompt, n_predict))
-        except EnvironmentProblem as error:
+        except Exception as error:  # told by the thread that waits for all of them
             failed.append(error)
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(n_clients)]

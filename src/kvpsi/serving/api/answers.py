@@ -25,6 +25,16 @@ def check_model(service: Service, name: str | None) -> None:
         )
 
 
+def check_count(service: Service, n_answers: int) -> None:
+    """Raise ApiError if one request asks for more answers than there can ever be places for."""
+    settings = service.engine.settings
+    most = settings.parallel + settings.most_waiting
+    if n_answers > most:
+        raise ApiError(
+            400, f"{n_answers} answers in one request are more than the {most} that fit; send fewer.", param="n"
+        )
+
+
 def new_head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
     """The fields with which every response and chunk begins."""
     return {
@@ -44,7 +54,7 @@ def usage_of(ends: Sequence[Finished]) -> dict[str, Any]:
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
         "total_tokens": n_prompt + n_generated,
-        "prompt_tokens_details": {"cached_tokens": max(0, *(end.cached_tokens for end in ends), 0)},
+        "prompt_tokens_details": {"cached_tokens": min(end.cached_tokens for end in ends)},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
 from kvpsi.errors import UsageError
 from kvpsi.serving import request as engine
-from kvpsi.serving.api.answers import UNLIMITED, chat_logprobs, check_model, new_head, usage_of
+from kvpsi.serving.api.answers import UNLIMITED, chat_logprobs, check_count, check_model, new_head, usage_of
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import ChatRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
@@ -29,14 +30,15 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     service: Service = http.app.state.service
     check_model(service, body.model)
     tools = _tools_of(body, service)
-    grammar = _grammar_of(body, tools)
+    check_count(service, body.n or 1)
+    grammar = await asyncio.to_thread(_grammar_of, body, tools)
     prompt = await service.tokens_of(service.chat.prompt(body.messages, tools), add_special=False)
     if not prompt:
         raise ApiError(400, "The messages make an empty prompt.", param="messages")
     requests = [_request(service, body, prompt, choice, grammar, http) for choice in range(body.n or 1)]
     names = [tool["function"]["name"] for tool in tools or ()]
     if body.stream:
-        return await streamed(_chunks(service, body, requests, names))
+        return await streamed(http, _chunks(service, body, requests, names))
     return JSONResponse(await unless_gone(http, _whole(service, body, requests, names)))
 
 

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from kvpsi.errors import UsageError
 from kvpsi.serving import request as engine
-from kvpsi.serving.api.answers import check_model, new_head, text_logprobs, usage_of
+from kvpsi.serving.api.answers import check_count, check_model, new_head, text_logprobs, usage_of
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import CompletionRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
@@ -31,6 +31,9 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise ApiError(400, "best_of is not supported beyond n; leave it out.", param="best_of")
     prompts = await token_lists(service, body.prompt, param="prompt", may_be_empty=True)
+    check_count(service, len(prompts) * (body.n or 1))
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "Probabilities of the prompt are not supported; leave out echo or logprobs.", param="echo")
     requests = []
     for prompt in prompts:
         for choice in range(body.n or 1):
@@ -52,7 +55,7 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
             )
     echoes = [service.detokenize(request.prompt) if body.echo else "" for request in requests]
     if body.stream:
-        return await streamed(_chunks(service, body, requests, echoes))
+        return await streamed(http, _chunks(service, body, requests, echoes))
     return JSONResponse(await unless_gone(http, _whole(service, body, requests, echoes)))
 
 
@@ -80,7 +83,7 @@ async def _whole(
     return {
         **new_head(service, "text_completion", "cmpl"),
         "choices": choices,
-        "usage": _usage(body, list(ends.values())),
+        "usage": _usage(body, [ends[number] for number in sorted(ends)]),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Request
 from kvpsi.serving.api.answers import check_model
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import EmbeddingRequest
+from kvpsi.serving.api.stream import unless_gone
 from kvpsi.serving.api.tokens import token_lists
 from kvpsi.serving.embedding import embed
 from kvpsi.serving.service import Service
@@ -37,7 +39,7 @@ async def embeddings(body: EmbeddingRequest, http: Request) -> dict[str, Any]:
         )
     vectors = []
     for tokens in texts:  # one by one, so that answers go on in between
-        vectors.append((await service.ask(lambda tokens=tokens: embed(service.context, [tokens])))[0])  # type: ignore[misc]
+        vectors.append(await unless_gone(http, service.ask(partial(embed, service.context, tokens))))
     as_base64 = body.encoding_format == "base64"
     data = [
         {

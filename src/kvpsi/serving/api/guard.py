@@ -42,7 +42,7 @@ class Guard:
             headers = dict(scope["headers"])
             self._check_key(scope["path"], headers)
             self._check_length(headers)
-            if b"content-length" not in headers:
+            if b"content-length" not in headers or b"transfer-encoding" in headers:
                 receive = await self._read_ahead(receive)
             if not self._is_loaded() and scope["path"] not in _NEED_NO_MODEL and not scope["path"].startswith(_PAGE):
                 raise ApiError(503, "The model is being loaded; try again in a moment.")

@@ -61,6 +61,9 @@ def _as_known(message: Any) -> Any:
         known["role"] = "system"
     if known.get("role") != "assistant":
         known.setdefault("content", None)
+    content = known.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        known["content"] = "".join(str(part.get("text", "")) for part in content)
     return known
 
 
@@ -104,7 +107,7 @@ class _Sampled(BaseModel):
         default = SamplingSettings()
         bias: dict[int, float] = {}
         for name, value in (self.logit_bias or {}).items():
-            if not name.lstrip("-").isdigit() or not 0 <= int(name) < n_vocab:
+            if not (name.isascii() and name.isdecimal() and len(name) < 12) or int(name) >= n_vocab:
                 raise UsageError(f"logit_bias names a token {name!r}; they are numbers from 0 to {n_vocab - 1}.")
             bias[int(name)] = value
 

@@ -23,16 +23,16 @@ def event(data: object) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
 
 
-async def streamed(chunks: AsyncIterator[object]) -> StreamingResponse:
+async def streamed(http: Request, chunks: AsyncIterator[object]) -> StreamingResponse:
     """A response that sends each chunk when it is there.
 
     The first one is waited for, so that what cannot be answered has a status of its own; what fails later is told by an
     event.
 
     Raises:
-        KvpsiError: the first chunk could not be had.
+        KvpsiError: the first chunk could not be had, or the client is gone.
     """
-    first = await anext(chunks, None)
+    first = await unless_gone(http, _first(chunks))
 
     async def body() -> AsyncIterator[bytes]:
         try:
@@ -49,6 +49,10 @@ async def streamed(chunks: AsyncIterator[object]) -> StreamingResponse:
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+
+
+async def _first(chunks: AsyncIterator[object]) -> object:
+    return await anext(chunks, None)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, R]) -> R:
