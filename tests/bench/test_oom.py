@@ -89,7 +89,7 @@ def test_a_model_that_fails_is_no_model_that_was_killed(
 def test_a_model_that_is_killed_at_once_is_a_result(board_places: BoardPlaces, default_model: Path) -> None:
     with saved(default_model, 16384, 100) as talk:
         seen = play(draw(1, 1, {1: 20 * MIB, 2: 20 * MIB})[0], "fixed", default_model, talk, 300 * MIB)
-    assert seen.models_killed == 1 and seen.kills >= 1
+    assert seen.models_killed >= 1 and seen.kills >= 1
     assert not left_behind(board_places, os.getpid())
 
 
