@@ -148,12 +148,13 @@ def _step_figures(runs: Sequence[Run], variant: Variant) -> list[Figure]:
 def _alone_figures(runs: Sequence[Run]) -> list[Figure]:
     """Times per token beside the neighbour to those after it had left, of the tokens that had as small a cache."""
     both = [(r.pressed, r.alone) for r in runs if r.variant == "kvpsi" and r.alone]
+    sizes = [statistics.median(t.kv_cells for t in tokens) for _, tokens in both]
     alone = [t.seconds for _, tokens in both for t in tokens if not t.gave]
     pressed = [
         t.seconds
-        for tokens, afterwards in both
+        for (tokens, _), size in zip(both, sizes, strict=True)
         for t in tokens
-        if not t.gave and abs(t.kv_cells / statistics.median(a.kv_cells for a in afterwards) - 1) <= _AS_SMALL
+        if not t.gave and abs(t.kv_cells / size - 1) <= _AS_SMALL
     ]
     if not alone or not pressed:
         return []

@@ -5,10 +5,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from fastapi import Request as HttpRequest
+
+from kvpsi.errors import UsageError
 from kvpsi.serving.api.errors import ApiError
-from kvpsi.serving.request import Chosen, Finished, TokenChance
+from kvpsi.serving.api.schema import ChatRequest, CompletionRequest
+from kvpsi.serving.api.stream import merged
+from kvpsi.serving.request import Chosen, Finished, Request, Text, TokenChance
 from kvpsi.serving.service import Service
 
 UNLIMITED = 1 << 20
@@ -33,6 +39,65 @@ def check_count(service: Service, n_answers: int) -> None:
         raise ApiError(
             400, f"{n_answers} answers in one request are more than the {most} that fit; send fewer.", param="n"
         )
+
+
+def engine_request(
+    service: Service,
+    body: ChatRequest | CompletionRequest,
+    http: HttpRequest,
+    prompt: Sequence[int],
+    choice: int,
+    *,
+    grammar: str | None,
+    max_tokens: int,
+    top_logprobs: int | None,
+) -> Request:
+    """What the engine is asked for the ``choice``-th answer to a prompt.
+
+    Raises:
+        ApiError: a bias is for a token that there is not.
+    """
+    try:
+        sampling = body.sampling(service.context.n_vocab, choice, grammar)
+    except UsageError as error:
+        raise ApiError(400, str(error), param="logit_bias") from error
+    return Request(
+        prompt=prompt,
+        listener=lambda _: None,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=body.stops,
+        top_logprobs=top_logprobs,
+        ignore_eos=bool(body.ignore_eos),
+        pin=http.headers.get("x-session-id") or body.user,
+    )
+
+
+@dataclass(slots=True)
+class Whole:
+    """One answer from its beginning to its end."""
+
+    text: str
+    tokens: list[Chosen]
+    end: Finished
+
+
+async def gather(service: Service, requests: Sequence[Request]) -> list[Whole]:
+    """All answers, each when it is whole.
+
+    Raises:
+        KvpsiError: one of them could not be answered.
+    """
+    texts: list[list[str]] = [[] for _ in requests]
+    tokens: list[list[Chosen]] = [[] for _ in requests]
+    ends: dict[int, Finished] = {}
+    async for number, event in merged([service.answer(request) for request in requests]):
+        if isinstance(event, Text):
+            texts[number].append(event.text)
+            tokens[number] += event.tokens
+        elif isinstance(event, Finished):
+            ends[number] = event
+    return [Whole("".join(texts[number]), tokens[number], ends[number]) for number in range(len(requests))]
 
 
 def new_head(service: Service, kind: str, prefix: str) -> dict[str, Any]:

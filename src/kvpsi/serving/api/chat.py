@@ -11,9 +11,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
-from kvpsi.errors import UsageError
 from kvpsi.serving import request as engine
-from kvpsi.serving.api.answers import UNLIMITED, chat_logprobs, check_count, check_model, new_head, usage_of
+from kvpsi.serving.api.answers import (
+    UNLIMITED,
+    chat_logprobs,
+    check_count,
+    check_model,
+    engine_request,
+    gather,
+    new_head,
+    usage_of,
+)
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import ChatRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
@@ -35,7 +43,19 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     prompt = await service.tokens_of(service.chat.prompt(body.messages, tools), add_special=False)
     if not prompt:
         raise ApiError(400, "The messages make an empty prompt.", param="messages")
-    requests = [_request(service, body, prompt, choice, grammar, http) for choice in range(body.n or 1)]
+    requests = [
+        engine_request(
+            service,
+            body,
+            http,
+            prompt,
+            choice,
+            grammar=grammar,
+            max_tokens=body.max_completion_tokens or body.max_tokens or UNLIMITED,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        for choice in range(body.n or 1)
+    ]
     names = [tool["function"]["name"] for tool in tools or ()]
     if body.stream:
         return await streamed(http, _chunks(service, body, requests, names))
@@ -83,40 +103,13 @@ def _gbnf(schema: Mapping[str, Any], param: str) -> str:
         raise ApiError(400, f"The JSON schema cannot be followed: {error}.", param=param) from error
 
 
-def _request(
-    service: Service, body: ChatRequest, prompt: Sequence[int], choice: int, grammar: str | None, http: Request
-) -> engine.Request:
-    try:
-        sampling = body.sampling(service.context.n_vocab, choice, grammar)
-    except UsageError as error:
-        raise ApiError(400, str(error), param="logit_bias") from error
-    return engine.Request(
-        prompt=prompt,
-        listener=lambda _: None,
-        sampling=sampling,
-        max_tokens=body.max_completion_tokens or body.max_tokens or UNLIMITED,
-        stop=body.stops,
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        ignore_eos=bool(body.ignore_eos),
-        pin=http.headers.get("x-session-id") or body.user,
-    )
-
-
 async def _whole(
     service: Service, body: ChatRequest, requests: Sequence[engine.Request], names: Sequence[str]
 ) -> dict[str, Any]:
-    texts: list[list[str]] = [[] for _ in requests]
-    tokens: list[list[engine.Chosen]] = [[] for _ in requests]
-    ends: dict[int, engine.Finished] = {}
-    async for number, event in merged([service.answer(request) for request in requests]):
-        if isinstance(event, engine.Text):
-            texts[number].append(event.text)
-            tokens[number] += event.tokens
-        elif isinstance(event, engine.Finished):
-            ends[number] = event
+    answers = await gather(service, requests)
     choices = []
-    for number, pieces in enumerate(texts):
-        text, calls = tool_calls_in("".join(pieces), names) if names else ("".join(pieces), [])
+    for number, answer in enumerate(answers):
+        text, calls = tool_calls_in(answer.text, names) if names else (answer.text, [])
         message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
         if calls:
             message["tool_calls"] = [_call(call) for call in calls]
@@ -124,15 +117,15 @@ async def _whole(
             {
                 "index": number,
                 "message": message,
-                "logprobs": chat_logprobs(tokens[number]) if body.logprobs else None,
-                "finish_reason": "tool_calls" if calls else ends[number].reason,
+                "logprobs": chat_logprobs(answer.tokens) if body.logprobs else None,
+                "finish_reason": "tool_calls" if calls else answer.end.reason,
             }
         )
     return {
         **new_head(service, "chat.completion", "chatcmpl"),
         "service_tier": None,
         "choices": choices,
-        "usage": usage_of(list(ends.values())),
+        "usage": usage_of([answer.end for answer in answers]),
     }
 
 

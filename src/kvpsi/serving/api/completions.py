@@ -8,9 +8,16 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from kvpsi.errors import UsageError
 from kvpsi.serving import request as engine
-from kvpsi.serving.api.answers import check_count, check_model, new_head, text_logprobs, usage_of
+from kvpsi.serving.api.answers import (
+    check_count,
+    check_model,
+    engine_request,
+    gather,
+    new_head,
+    text_logprobs,
+    usage_of,
+)
 from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import CompletionRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
@@ -34,25 +41,20 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     check_count(service, len(prompts) * (body.n or 1))
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "Probabilities of the prompt are not supported; leave out echo or logprobs.", param="echo")
-    requests = []
-    for prompt in prompts:
-        for choice in range(body.n or 1):
-            try:
-                sampling = body.sampling(service.context.n_vocab, choice, body.grammar)
-            except UsageError as error:
-                raise ApiError(400, str(error), param="logit_bias") from error
-            requests.append(
-                engine.Request(
-                    prompt=prompt,
-                    listener=lambda _: None,
-                    sampling=sampling,
-                    max_tokens=body.max_tokens or 16,
-                    stop=body.stops,
-                    top_logprobs=body.logprobs,
-                    ignore_eos=bool(body.ignore_eos),
-                    pin=http.headers.get("x-session-id") or body.user,
-                )
-            )
+    requests = [
+        engine_request(
+            service,
+            body,
+            http,
+            prompt,
+            choice,
+            grammar=body.grammar,
+            max_tokens=body.max_tokens or 16,
+            top_logprobs=body.logprobs,
+        )
+        for prompt in prompts
+        for choice in range(body.n or 1)
+    ]
     echoes = [service.detokenize(request.prompt) if body.echo else "" for request in requests]
     if body.stream:
         return await streamed(http, _chunks(service, body, requests, echoes))
@@ -62,28 +64,20 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
 async def _whole(
     service: Service, body: CompletionRequest, requests: Sequence[engine.Request], echoes: Sequence[str]
 ) -> dict[str, Any]:
-    texts = [[echo] for echo in echoes]
-    tokens: list[list[engine.Chosen]] = [[] for _ in requests]
-    ends: dict[int, engine.Finished] = {}
-    async for number, event in merged([service.answer(request) for request in requests]):
-        if isinstance(event, engine.Text):
-            texts[number].append(event.text)
-            tokens[number] += event.tokens
-        elif isinstance(event, engine.Finished):
-            ends[number] = event
+    answers = await gather(service, requests)
     choices = [
         {
             "index": number,
-            "text": "".join(pieces),
-            "logprobs": text_logprobs(tokens[number], len(echoes[number]))[0] if body.logprobs is not None else None,
-            "finish_reason": ends[number].reason,
+            "text": echoes[number] + answer.text,
+            "logprobs": text_logprobs(answer.tokens, len(echoes[number]))[0] if body.logprobs is not None else None,
+            "finish_reason": answer.end.reason,
         }
-        for number, pieces in enumerate(texts)
+        for number, answer in enumerate(answers)
     ]
     return {
         **new_head(service, "text_completion", "cmpl"),
         "choices": choices,
-        "usage": _usage(body, [ends[number] for number in sorted(ends)]),
+        "usage": _usage(body, [answer.end for answer in answers]),
     }
 
 
