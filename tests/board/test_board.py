@@ -85,8 +85,8 @@ def test_what_zram_takes_is_taken_off_the_boards_memory() -> None:
             hog.end()
             assert hog.wait().killed_by is None
             assert wait_until(lambda: int(limit_file.read_text()) > 124 * MIB)
-            # Half of it compressed still does not make room for this.
-            too_large = play(board, HogSettings(185 * MIB, rate_bytes_s=200 * MIB, hold_s=1), "large")
+            # Half of this is more than the board has: it cannot fit however slowly it grows.
+            too_large = play(board, HogSettings(300 * MIB, rate_bytes_s=200 * MIB, hold_s=60), "large")
             assert too_large.killed_by == "SIGKILL"
     except EnvironmentProblem as error:
         pytest.skip(f"NO ZRAM HERE: {error}")
