@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvpsi.bench.throughput.client import Asked, Load, ask
-from kvpsi.bench.throughput.prompts import draw
+from kvpsi.bench.client import Asked, Load, ask, said_by
+from kvpsi.bench.prompts import draw
 from kvpsi.bench.throughput.run import Plan, Played, figures_of, run
 from kvpsi.errors import EnvironmentProblem, UsageError
 
@@ -40,7 +40,7 @@ def test_prompts_differ_from_their_first_words_on() -> None:
     assert prompts == draw(50, 1) != draw(50, 2) and len({p[:12] for p in prompts}) == 50
 
 
-@pytest.mark.parametrize("wrong", [{"servers": ()}, {"servers": ("magic",)}, {"levels": ()}, {"levels": (0,)}])
+@pytest.mark.parametrize("wrong", [{"servers": ()}, {"levels": ()}, {"levels": (0,)}])
 def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(Path("m.gguf"), **wrong)
@@ -48,7 +48,7 @@ def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_server_that_is_not_there_is_told() -> None:
     with pytest.raises(EnvironmentProblem, match="broke off"):
-        ask("http://127.0.0.1:9/v1", "Hello", 1)
+        ask("http://127.0.0.1:9/v1", [said_by("user", "Hello")], 1)
 
 
 @pytest.mark.engine

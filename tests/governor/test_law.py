@@ -376,3 +376,11 @@ def test_without_a_zone_between_the_marks_the_limit_grows_back_down_to_the_reser
     for tick in range(20):
         _, state = decide(at(100, 0.5 * tick), CACHE, state, law)
     assert state.limit_bytes is not None and state.limit_bytes > 100 * MIB
+
+
+def test_a_cache_that_was_made_larger_has_all_of_it_unless_it_was_limited() -> None:
+    larger = replace(CACHE, capacity_bytes=4 * CACHE.capacity_bytes)
+    _, free = decide(at(2000), CACHE, State(), LAW)
+    assert decide(at(2000, 0.02), larger, free, LAW)[0].limit_bytes > 2 * CACHE.capacity_bytes
+    _, limited = decide(at(2000), CACHE, State(limit_bytes=150 * MIB), LAW)
+    assert decide(at(2000, 0.02), larger, limited, LAW)[0].limit_bytes == 150 * MIB

@@ -136,7 +136,6 @@ def test_memory_is_bounded_and_falls_when_a_neighbour_grows(
             prompt = f"{number} " + " ".join(rng.choices(WORDS, k=250))
             assert stream(url, prompt, 2) in ("stop", "length")
         full_bytes = server.memory_info().rss
-        assert board.cgroups.usage_bytes() or 600 * MIB >= 0
         settings = HogSettings(380 * MIB, rate_bytes_s=100 * MIB, hold_s=3)
         fared = Hog(settings, lambda command: board.start(command, group="hog", stdout=subprocess.PIPE)).wait()
         after_bytes = server.memory_info().rss

@@ -105,12 +105,14 @@ class LawSettings:
 class State:
     """What the law remembers from tick to tick.
 
-    ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. ``given`` lists recent
-    releases as (time, bytes, headroom just before). ``loading_at_s`` is when a saved conversation was last seen being
-    taken in.
+    ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. Where it was all of the
+    cache, whose size is ``capacity_bytes``, it stays so if the cache is made anew with another size. ``given`` lists
+    recent releases as (time, bytes, headroom just before). ``loading_at_s`` is when a saved conversation was last seen
+    being taken in.
     """
 
     limit_bytes: int | None = None
+    capacity_bytes: int | None = None
     calm_since_s: float | None = None
     grown_at_s: float = 0.0
     given: tuple[tuple[float, int, int], ...] = ()
@@ -174,7 +176,9 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     echo = any(now - g[0] < settings.echo_s for g in state.given)
     stalled = stall >= settings.stall_share and predicted < 2 * high and not echo
 
-    limit = cache.capacity_bytes if state.limit_bytes is None else state.limit_bytes
+    limit = state.limit_bytes
+    if limit is None or limit == state.capacity_bytes:
+        limit = cache.capacity_bytes
     give, reason = 0, "calm"
     if predicted < low:
         give = min(low - predicted, int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes))
@@ -198,7 +202,7 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     else:
         state = replace(state, calm_since_s=None)
         reason = "holding"
-    state = replace(state, limit_bytes=limit)
+    state = replace(state, limit_bytes=limit, capacity_bytes=cache.capacity_bytes)
 
     # whatever was decided before, never grow into the reserve
     gate = max(cache.floor_bytes, min(limit, cache.used_bytes + max(0, predicted - low) - give))

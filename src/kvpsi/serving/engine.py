@@ -34,6 +34,7 @@ from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Match, Session, Sessions
 from kvpsi.serving.step import Part, plan
+from kvpsi.serving.thread import ComputingThread
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
 log = logging.getLogger("kvpsi")
@@ -114,6 +115,7 @@ class Engine:
             every request's listener is called.
         spare_bytes: memory that could be taken for a while without harm; asked before the context grows.
         on_death: told, by the engine's thread, if it cannot go on.
+        thread: in which it works; the one that made the context, or else speed is lost. None: one of its own.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Engine:
         deliver: Deliver | None = None,
         spare_bytes: Callable[[], int] = lambda: 0,
         on_death: Callable[[KvpsiError], None] = lambda _: None,
+        thread: ComputingThread | None = None,
     ) -> None:
         self.context = context
         self.settings = settings or EngineSettings()
@@ -148,8 +151,10 @@ class Engine:
         self._was_stopped_at = -1
         self._seeds = np.random.default_rng()
         context.cache.on_forgotten = self._note_forgotten
-        self._thread = threading.Thread(target=self._run, name="kvpsi-engine", daemon=True)
-        self._thread.start()
+        self._own_thread: ComputingThread | None = None
+        if thread is None:
+            thread = self._own_thread = ComputingThread()
+        self._ended = thread.call(self._run)
 
     # -- from any thread -----------------------------------------------------------------------------------------
 
@@ -212,7 +217,9 @@ class Engine:
     def close(self) -> None:
         """End all answers with an error, and the thread; may be called twice. The context stays open."""
         self.end_soon()
-        self._thread.join()
+        self._ended.result()
+        if self._own_thread is not None:
+            self._own_thread.stop()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 

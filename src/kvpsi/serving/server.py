@@ -29,6 +29,7 @@ from kvpsi.serving.history import Events
 from kvpsi.serving.metrics import Latencies, StatusCollector
 from kvpsi.serving.service import ModelName, Service
 from kvpsi.serving.size import fitting_cells, wanted_cells
+from kvpsi.serving.thread import ComputingThread
 
 _CLOSING_S = 5
 
@@ -165,7 +166,9 @@ class Server:
 
     async def _load(self, app: FastAPI, stack: contextlib.ExitStack) -> None:
         try:
-            context, chat = await asyncio.to_thread(self._open, stack)
+            thread = ComputingThread()
+            stack.callback(thread.stop)
+            context, chat = await asyncio.wrap_future(thread.call(self._open, stack))
             s = self.settings
             name = ModelName(s.alias or s.model.stem, frozenset({s.model.stem, s.model.name, "default"}))
             service = Service(
@@ -176,6 +179,7 @@ class Server:
                 queue_timeout_s=s.queue_timeout_s,
                 events=self._events,
                 on_death=self._die,
+                thread=thread,
             )
             stack.callback(service.close)
             if context.cache.mode == "pages":

@@ -20,6 +20,7 @@ from kvpsi.serving.history import Events, History
 from kvpsi.serving.metrics import Latencies
 from kvpsi.serving.request import Event, Failed, Finished, Request
 from kvpsi.serving.status import Status
+from kvpsi.serving.thread import ComputingThread
 
 R = TypeVar("R")
 _MANY_CHARACTERS = 20_000
@@ -47,6 +48,7 @@ class Service:
         queue_timeout_s: how long a request may wait before it is begun.
         events: hear what the cache does; the governor tells them as well.
         on_death: told if no more can be answered.
+        thread: that made the context; see `Engine`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Service:
         queue_timeout_s: float = 60.0,
         events: Events | None = None,
         on_death: Callable[[KvpsiError], None] = lambda _: None,
+        thread: ComputingThread | None = None,
     ) -> None:
         self.context, self.chat, self.name = context, chat, name
         self.started_s = time.time()
@@ -67,7 +70,7 @@ class Service:
         self.governor: Governor | None = None
         self.latencies: Latencies | None = None
         self.events = events or Events()
-        self.engine = Engine(context, settings, self._deliver, self._spare_bytes, on_death)
+        self.engine = Engine(context, settings, self._deliver, self._spare_bytes, on_death, thread)
         self.history = History(self.status)
 
     def close(self) -> None:

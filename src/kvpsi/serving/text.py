@@ -22,11 +22,6 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
-    @property
-    def holds_text(self) -> bool:
-        """Whether text is held back that `finish` would give."""
-        return bool(self._held) or bool(self._decoder.getstate()[0])
-
     def feed(self, piece: bytes) -> str:
         """What can be shown now that one more token has come; nothing after a stop string."""
         if self.stopped_by is not None:

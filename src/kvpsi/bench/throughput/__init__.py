@@ -1,4 +1,5 @@
 """Tokens a second and waiting times over HTTP, beside other servers of the same model.
 
-`prompts` draws what is asked, `servers` starts whom is asked, `client` asks and takes the time, `run` repeats it.
+bench/prompts.py draws what is asked, bench/servers.py starts whom is asked, bench/client.py asks and takes the time,
+`run` repeats it.
 """

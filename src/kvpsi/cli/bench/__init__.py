@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from kvpsi.cli.bench import elastic, oom, pressure, react, throughput
+from kvpsi.cli.bench import elastic, oom, pressure, react, sessions, throughput
 
 app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
 app.command()(elastic.elastic)
 app.command()(oom.oom)
 app.command()(pressure.pressure)
 app.command()(react.react)
+app.command()(sessions.sessions)
 app.command()(throughput.throughput)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import typer
@@ -69,3 +69,12 @@ def _print_figures(document: dict[str, Any]) -> None:
         met = {True: "yes", False: "no", None: ""}[f["met"]]
         table.add_row(f["name"], str(value), f["unit"], f["target"] or "", met)
     Console().print(table)
+
+
+def in_words(row: Mapping[str, object]) -> str:
+    """A line of a table."""
+    return ", ".join(f"{name} {_short(value)}" for name, value in row.items())
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

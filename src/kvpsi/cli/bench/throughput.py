@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import show, status_on_stderr
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.errors import UsageError
 
@@ -27,8 +27,8 @@ def throughput(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Tokens a second and waiting times of `kvpsi serve` beside other servers of the same model."""
+    from kvpsi.bench.servers import names_in
     from kvpsi.bench.throughput.run import Plan, run
-    from kvpsi.bench.throughput.servers import Name
 
     with progress_on_stderr() as report:
         path = models.pull(model, report)
@@ -38,7 +38,7 @@ def throughput(
         raise UsageError(f"--levels {levels} is not a list of numbers; give them as 1,2,4,8.") from error
     plan = Plan(
         model=path,
-        servers=cast("tuple[Name, ...]", tuple(servers.split(","))),
+        servers=names_in(servers),
         levels=numbers,
         rounds=rounds,
         requests=requests,
@@ -49,9 +49,4 @@ def throughput(
     )
     with status_on_stderr() as say:
         document = run(plan, out_dir, say)
-    words = (", ".join(f"{key} {_short(value)}" for key, value in row.items()) for row in document["levels"])
-    show(document, as_json=json, words=words)
-
-
-def _short(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    show(document, as_json=json, words=map(in_words, document["levels"]))

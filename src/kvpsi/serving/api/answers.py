@@ -112,14 +112,16 @@ def new_head(service: Service, kind: str, prefix: str) -> dict[str, Any]:
 
 
 def usage_of(ends: Sequence[Finished]) -> dict[str, Any]:
-    """Tokens of all choices of one prompt; their common prompt counts once."""
+    """Tokens of all choices of one prompt; their common prompt counts once. Forgotten ones are told if any."""
     n_prompt = max(end.prompt_tokens for end in ends)
     n_generated = sum(end.generated_tokens for end in ends)
+    n_forgotten = sum(end.forgotten_tokens for end in ends)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
         "total_tokens": n_prompt + n_generated,
         "prompt_tokens_details": {"cached_tokens": min(end.cached_tokens for end in ends)},
+        **({"kvpsi_forgotten_tokens": n_forgotten} if n_forgotten else {}),
     }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+from llama_cpp.llama_grammar import JSON_GBNF
 
+from kvpsi.errors import UsageError
 from kvpsi.serving import request as engine
 from kvpsi.serving.api.answers import (
     UNLIMITED,
@@ -26,6 +26,7 @@ from kvpsi.serving.api.errors import ApiError
 from kvpsi.serving.api.schema import ChatRequest
 from kvpsi.serving.api.stream import merged, streamed, unless_gone
 from kvpsi.serving.chat import ToolCall, ToolStream, schema_of_a_call, tool_calls_in
+from kvpsi.serving.json_schema import gbnf_of
 from kvpsi.serving.service import Service
 
 router = APIRouter()
@@ -98,9 +99,9 @@ def _grammar_of(body: ChatRequest, tools: Sequence[Mapping[str, Any]] | None) ->
 
 def _gbnf(schema: Mapping[str, Any], param: str) -> str:
     try:
-        return str(json_schema_to_gbnf(json.dumps(schema)))
-    except Exception as error:  # whatever the converter stumbles over
-        raise ApiError(400, f"The JSON schema cannot be followed: {error}.", param=param) from error
+        return gbnf_of(schema)
+    except UsageError as error:
+        raise ApiError(400, str(error), param=param) from error
 
 
 async def _whole(

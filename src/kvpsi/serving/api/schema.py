@@ -77,6 +77,17 @@ Message = Annotated[
 ]
 
 
+def _with_parameters(tool: Any) -> Any:
+    """A tool whose function has parameters, if only none: OpenAI allows to leave them out."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or function.get("parameters") is not None:
+        return tool
+    return {**tool, "function": {**function, "parameters": {"type": "object", "properties": {}}}}
+
+
+Tool = Annotated[llama_cpp.ChatCompletionTool, BeforeValidator(_with_parameters)]
+
+
 class _Sampled(BaseModel):
     """What both kinds of completion have, where it differs from llama-cpp-python's types."""
 
@@ -148,6 +159,7 @@ class ChatRequest(_Sampled, types.CreateChatCompletionRequest):  # type: ignore[
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -11,17 +11,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import psutil
 
-from kvpsi.errors import EnvironmentProblem
+from kvpsi.errors import EnvironmentProblem, UsageError
 
 Name = Literal["kvpsi", "kvpsi-streams", "xllamacpp", "llama-cpp-python"]
 """``kvpsi-streams`` is kvpsi with a part of the cache for each answer instead of one that all share."""
+Start = Callable[[Sequence[str]], "subprocess.Popen[Any]"]
+"""Starts a command."""
 _START_S = 120.0
 _MODULES = {
     "kvpsi": "fastapi",
@@ -54,21 +56,45 @@ class Running:
         """Its resident set."""
         return int(self.process.memory_info().rss)
 
+    def capacity_bytes(self) -> int:
+        """What kvpsi's cache can be at most; 0 for others, which do not say."""
+        if not self.name.startswith("kvpsi"):
+            return 0
+        with urllib.request.urlopen(f"{self.url}/kvpsi/status", timeout=30) as answer:
+            return int(json.load(answer)["capacity_bytes"])
+
+
+def names_in(text: str) -> tuple[Name, ...]:
+    """The servers that a list names.
+
+    Raises:
+        UsageError: there is one that nobody knows.
+    """
+    known: tuple[Name, ...] = get_args(Name)
+    found = tuple(name for each in text.split(",") for name in known if name == each.strip())
+    if len(found) < len(text.split(",")):
+        raise UsageError(f"The servers are {', '.join(known)}, not {text}.")
+    return found
+
 
 def is_installed(name: Name) -> bool:
     """Whether it can be started here."""
     return importlib.util.find_spec(_MODULES[name]) is not None
 
 
+def _start(command: Sequence[str]) -> subprocess.Popen[Any]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @contextlib.contextmanager
-def running(name: Name, setting: Setting) -> Iterator[Running]:
+def running(name: Name, setting: Setting, start: Start = _start) -> Iterator[Running]:
     """Start one, wait until it answers, and end it afterwards.
 
     Raises:
         EnvironmentProblem: it did not come up.
     """
     port = _free_port()
-    process = subprocess.Popen(_command(name, setting, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(_command(name, setting, port))
     try:
         url = f"http://127.0.0.1:{port}/v1"
         _wait_until_it_answers(process, url, name)
@@ -90,7 +116,7 @@ def _command(name: Name, s: Setting, port: int) -> list[str]:
         return [*python, "kvpsi", "serve", "-m", str(s.model), "--port", str(port), *sizes]
     if name == "xllamacpp":
         sizes = [str(s.n_ctx), str(s.n_parallel), str(s.n_threads)]
-        return [*python, "kvpsi.bench.throughput.servers", str(s.model), str(port), *sizes]
+        return [*python, "kvpsi.bench.servers", str(s.model), str(port), *sizes]
     sizes = ["--n_ctx", str(s.n_ctx), "--n_threads", str(s.n_threads), "--n_threads_batch", str(s.n_threads)]
     return [*python, "llama_cpp.server", "--model", str(s.model), "--port", str(port), "--flash_attn", "true", *sizes]
 
@@ -100,7 +126,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, name: Name) -> None:
+def _wait_until_it_answers(process: subprocess.Popen[Any], url: str, name: Name) -> None:
     deadline = time.monotonic() + _START_S
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "model": "default"})
     request = urllib.request.Request(

@@ -12,16 +12,19 @@ from urllib.parse import urlsplit
 
 from kvpsi.errors import EnvironmentProblem
 
+Message = dict[str, str]
 _TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request as its client saw it; times in seconds."""
+    """One request as its client saw it; times in seconds. The server says that it did not read ``n_cached`` tokens."""
 
     first_token_s: float
     latency_s: float
     n_tokens: int
+    text: str = ""
+    n_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,13 @@ class Load:
         return sum(a.n_tokens for a in self.asked) / self.seconds
 
 
-def ask(url: str, prompt: str, n_predict: int) -> Asked:
-    """Ask once, and stream the answer.
+def said_by(role: str, text: str) -> Message:
+    """A message of a conversation."""
+    return {"role": role, "content": text}
+
+
+def ask(url: str, messages: Sequence[Message], n_predict: int) -> Asked:
+    """Have a conversation gone on with once, and stream the answer.
 
     Raises:
         EnvironmentProblem: the server did not answer as it should.
@@ -48,14 +56,15 @@ def ask(url: str, prompt: str, n_predict: int) -> Asked:
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
     body = {
         "model": "default",
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": messages,
         "max_tokens": n_predict,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     began = time.monotonic()
-    first_s, n_chunks, n_told = 0.0, 0, 0
+    first_s, n_told, n_cached = 0.0, 0, 0
+    text: list[str] = []
     try:
         connection.request(
             "POST", f"{parts.path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
@@ -69,17 +78,20 @@ def ask(url: str, prompt: str, n_predict: int) -> Asked:
             said = json.loads(line[6:])
             if "error" in said:
                 raise EnvironmentProblem(f"{url} broke off: {said['error']}.")
-            n_told = (said.get("usage") or {}).get("completion_tokens", n_told)
-            if any(choice["delta"].get("content") for choice in said["choices"]):
-                n_chunks += 1
-                first_s = first_s or time.monotonic() - began
+            if usage := said.get("usage"):
+                n_told = usage["completion_tokens"]
+                n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+            for choice in said["choices"]:
+                if shown := choice["delta"].get("content"):
+                    first_s = first_s or time.monotonic() - began
+                    text.append(shown)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise EnvironmentProblem(f"{url} broke off ({error!r}).") from error
     finally:
         connection.close()
-    if not n_chunks:
+    if not text:
         raise EnvironmentProblem(f"{url} answered without any text.")
-    return Asked(first_s, time.monotonic() - began, n_told or n_chunks)
+    return Asked(first_s, time.monotonic() - began, n_told or len(text), "".join(text), n_cached)
 
 
 def load(url: str, prompts: Sequence[str], n_clients: int, n_predict: int) -> Load:
@@ -94,7 +106,7 @@ def load(url: str, prompts: Sequence[str], n_clients: int, n_predict: int) -> Lo
     def client(number: int) -> None:
         try:
             for prompt in prompts[number::n_clients]:
-                asked.append(ask(url, prompt, n_predict))
+                asked.append(ask(url, [said_by("user", prompt)], n_predict))
         except Exception as error:  # told by the thread that waits for all of them
             failed.append(error)
 

@@ -1,0 +1,41 @@
+"""JSON schemas become grammars; those that would make a huge one are refused before it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvpsi.errors import UsageError
+from kvpsi.serving.json_schema import MOST_REPETITIONS, gbnf_of
+
+
+def test_a_schema_becomes_a_grammar_with_a_root() -> None:
+    grammar = gbnf_of({"type": "object", "properties": {"name": {"type": "string", "maxLength": MOST_REPETITIONS}}})
+    assert "root ::=" in grammar and "name" in grammar
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 1_000_000_000},
+        {"type": "string", "minLength": 10**12},
+        {"type": "object", "properties": {"list": {"type": "array", "items": {}, "maxItems": 1e400}}},
+        {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 2001}]},
+        {"type": "string", "pattern": "^(((a{100}){100}){100})$"},
+        {"type": "string", "pattern": "^a{1,99999999}$"},
+    ],
+)
+def test_what_would_be_written_out_too_often_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{MOST_REPETITIONS} are the most"):
+        gbnf_of(schema)
+
+
+def test_a_property_may_be_called_like_a_keyword() -> None:
+    schema = {"type": "object", "properties": {"maxLength": {"type": "integer"}}, "required": ["maxLength"]}
+    assert "maxLength" in gbnf_of(schema)
+
+
+def test_what_the_converter_does_not_know_is_told() -> None:
+    with pytest.raises(UsageError, match="cannot be followed"):
+        gbnf_of({"$ref": "https://example.org/schema.json"})
