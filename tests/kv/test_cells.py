@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -15,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvpsi.kv.cells import EMPTY, CellMirror, StreamCells
 from kvpsi.kv.layout import Plane, Section
 from kvpsi.kv.pages import Mapping
-from kvpsi.kv.tracker import SectionTracker, runs
+from kvpsi.kv.tracker import SectionTracker
 from kvpsi.kv.ubatch import Tokens, split_equal, split_simple
 
 INT_MAX = 2**31 - 1
@@ -363,14 +362,6 @@ def test_an_empty_range_moves_nothing_not_even_the_head() -> None:
     for p0, p1 in ((0, 0), (-1, 0), (5, 5)):
         assert cells.seq_add(0, p0, p1, 3).size == 0
         assert cells.head == 8
-
-
-@given(st.lists(st.booleans(), max_size=30))
-def test_runs_are_the_true_ranges(mask: list[bool]) -> None:
-    found = runs(np.array(mask, dtype=np.bool_))
-    covered = [any(a <= i < b for a, b in found) for i in range(len(mask))]
-    assert covered == mask
-    assert all(a < b for a, b in found) and all(b < c for (_, b), (c, _) in itertools.pairwise(found))
 
 
 # -- cutting a batch ----------------------------------------------------------------------------------------------

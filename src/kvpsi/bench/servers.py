@@ -118,7 +118,9 @@ def _command(name: Name, s: Setting, port: int) -> list[str]:
         sizes = [str(s.n_ctx), str(s.n_parallel), str(s.n_threads)]
         return [*python, "kvpsi.bench.servers", str(s.model), str(port), *sizes]
     sizes = ["--n_ctx", str(s.n_ctx), "--n_threads", str(s.n_threads), "--n_threads_batch", str(s.n_threads)]
-    return [*python, "llama_cpp.server", "--model", str(s.model), "--port", str(port), "--flash_attn", "true", *sizes]
+    # by default each new request cuts the stream off that is being sent
+    how = ["--flash_attn", "true", "--interrupt_requests", "false"]
+    return [*python, "llama_cpp.server", "--model", str(s.model), "--port", str(port), *how, *sizes]
 
 
 def _free_port() -> int:

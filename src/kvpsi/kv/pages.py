@@ -57,11 +57,6 @@ def whole_pages(start: int, end: int) -> Mapping | None:
     return Mapping(first, last) if last > first else None
 
 
-def pages_around(start: int, end: int) -> Mapping:
-    """The whole pages that [start, end) touches."""
-    return Mapping(start // PAGE_BYTES * PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
-
-
 def release(ranges: Sequence[Mapping]) -> None:
     """Give whole pages back to the kernel; they read as zeros until written again (madvise(2), MADV_DONTNEED).
 

@@ -7,15 +7,14 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpsi.kv import pages
-from kvpsi.kv.cells import BoolArray, CellMirror, Placement
+from kvpsi.kv.cells import CellMirror, Placement
 from kvpsi.kv.layout import Plane, Section
+from kvpsi.kv.spans import free_bytes, whole_pages_in
 from kvpsi.kv.statedata import SectionState
 from kvpsi.kv.ubatch import Index, Tokens
 
@@ -54,12 +53,6 @@ def _key_rows(plane: Plane, n_cells: int) -> KeyRows:
     size = plane.bytes_per_cell
     where = ctypes.cast(plane.base, ctypes.POINTER(ctypes.c_uint8))
     return np.ctypeslib.as_array(where, (n_cells, size))
-
-
-def runs(mask: BoolArray) -> list[tuple[int, int]]:
-    """The [start, end) ranges in which a mask is true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 class SectionTracker:
@@ -172,53 +165,13 @@ class SectionTracker:
             OSError: the kernel refused; see `kvpsi.kv.pages.release`.
         """
         started = time.perf_counter()
-        requested = 0
-        ranges: list[FreeBytes] = []
-        for touched, cells, planes in zip(self.touched, self.mirror.streams, self.section.planes, strict=True):
-            free = cells.free()
-            slack = touched & free
-            requested += int(slack.sum()) * self.section.bytes_per_cell
-            for first, end in runs(free):
-                within = np.flatnonzero(slack[first:end])
-                slack_first, slack_end = (
-                    (first + int(within[0]), first + int(within[-1]) + 1) if within.size else (0, 0)
-                )
-                for p in planes:
-                    start, size = p.base, p.bytes_per_cell
-                    hull = (start + slack_first * size, start + slack_end * size) if within.size else None
-                    ranges.append(FreeBytes(start + first * size, start + end * size, hull))
-        spans = _spans(ranges) if requested else []
+        free = [cells.free() for cells in self.mirror.streams]
+        slack = [touched & mask for touched, mask in zip(self.touched, free, strict=True)]
+        requested = sum(int(mask.sum()) for mask in slack) * self.section.bytes_per_cell
+        found = map(free_bytes, self.section.planes, free, slack) if requested else ()
+        spans = whole_pages_in(found)
         returned = pages.present_bytes(spans)
         pages.release(spans)
         for touched, cells in zip(self.touched, self.mirror.streams, strict=True):
             touched[cells.free()] = False
         return Release(requested, returned, time.perf_counter() - started)
-
-
-class FreeBytes(NamedTuple):
-    """Bytes [start, end) of free cells of one plane; those written to since the last release lie within ``slack``."""
-
-    start: int
-    end: int
-    slack: tuple[int, int] | None
-
-
-def _spans(ranges: list[FreeBytes]) -> list[pages.Mapping]:
-    """The whole pages of free bytes in which there is slack.
-
-    Ranges that touch count as one, so that the page on their border goes, too. Nothing may lie between: without
-    flash attention a few live cells are only a few bytes.
-    """
-    joined: list[FreeBytes] = []
-    for r in sorted(ranges, key=itemgetter(0)):
-        if joined and r.start == joined[-1].end:
-            before = joined.pop()
-            hulls = [h for h in (before.slack, r.slack) if h]
-            r = FreeBytes(before.start, r.end, (hulls[0][0], hulls[-1][1]) if hulls else None)
-        joined.append(r)
-    spans = []
-    for start, end, slack in joined:
-        if slack:
-            around = pages.pages_around(*slack)
-            spans.append(pages.whole_pages(max(start, around.start), min(end, around.end)))
-    return [span for span in spans if span is not None]

@@ -70,6 +70,11 @@ class SamplingSettings:
                 raise UsageError(f"{name} is {value}; give at least {low:g}{upper}.")
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether only the logits count, and of them the largest."""
+        return self.temperature <= 0 and not self.logit_bias and not self.penalizes and self.grammar is None
+
+    @property
     def penalizes(self) -> bool:
         """Whether earlier tokens count."""
         return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
@@ -98,6 +103,8 @@ class Sampler:
 
     def sample(self, ctx: llama_cpp.llama_context_p, index: int) -> int:
         """The next token, after the ``index``-th output of the last decode; it counts as taken."""
+        if self.settings.takes_likeliest:  # the chain would copy and sort the whole vocabulary for that
+            return int(np.argmax(logits_of(ctx, index, self._n_vocab)))
         if self._grammar is None:
             return int(llama_cpp.llama_sampler_sample(self._chain.sampler, ctx, index))
         logits = logits_of(ctx, index, self._n_vocab)
