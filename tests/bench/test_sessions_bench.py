@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from kvpsi.bench import servers
 from kvpsi.bench.servers import names_in
 from kvpsi.bench.sessions.play import Plan, Played
 from kvpsi.bench.sessions.run import figures_of, run
 from kvpsi.board import BoardPlaces
-from kvpsi.errors import UsageError
+from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import HogSettings
 from support.boards import left_behind
 
@@ -45,11 +46,46 @@ def test_figures_compare_each_conversation_with_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"servers": ()}, {"conversations": 0}, {"requests": 0}, {"history_tokens": 9000}, {"request_tokens": 0}]
+    "wrong",
+    [
+        {"servers": ()},
+        {"conversations": 0},
+        {"requests": 0},
+        {"history_tokens": 9000},
+        {"request_tokens": 0},
+        {"memory_bytes": 1 << 30},
+    ],
 )
 def test_plans_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(Path("m.gguf"), **wrong)
+
+
+@pytest.mark.pressure
+def test_a_board_that_is_too_small_and_servers_that_are_not_there_are_told(
+    monkeypatch: pytest.MonkeyPatch, default_model: Path, board_places: BoardPlaces, tmp_path: Path
+) -> None:
+    plan = Plan(default_model, ("kvpsi",), memory_bytes=60 * MIB, hog=HogSettings(20 * MIB))
+    with pytest.raises(EnvironmentProblem, match="--memory"):
+        run(plan, tmp_path, lambda _: None)
+    assert not left_behind(board_places, os.getpid())
+    monkeypatch.setattr(servers, "_MODULES", dict.fromkeys(servers._MODULES, "nothing_of_that_name"))
+    with pytest.raises(EnvironmentProblem, match="installed"):
+        run(plan, tmp_path, lambda _: None)
+
+
+@pytest.mark.pressure
+def test_what_was_measured_when_it_is_interrupted_is_told(
+    monkeypatch: pytest.MonkeyPatch, board_places: BoardPlaces, tmp_path: Path
+) -> None:
+    def interrupted(_plan: Plan, played: Played, *_: object) -> None:
+        played.first_s.append(1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpsi.bench.sessions.run.play", interrupted)
+    document = run(Plan(tmp_path / "no.gguf", ("kvpsi",)), tmp_path, lambda _: None)
+    assert document["interrupted"] and document["servers"][0]["first_turn_s"] == 1.0
+    assert not left_behind(board_places, os.getpid())
 
 
 def test_servers_that_nobody_knows_are_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from kvpsi.bench.client import Asked, Load, ask, said_by
 from kvpsi.bench.prompts import draw
 from kvpsi.bench.throughput.run import Plan, Played, figures_of, run
+from kvpsi.cli.bench.show import usable_folder
 from kvpsi.errors import EnvironmentProblem, UsageError
 
 
@@ -61,3 +62,11 @@ def test_one_small_run(default_model: Path, tmp_path: Path) -> None:
         level["tok_s"] > 0 and level["latency_p50_s"] > level["first_token_p50_s"] for level in document["levels"]
     )
     assert len((tmp_path / "throughput.csv").read_text().splitlines()) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert usable_folder(tmp_path / "new" / "folder").is_dir()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "folder", Path("/proc/nothing")):
+        with pytest.raises(UsageError, match="--out-dir"):
+            usable_folder(wrong)

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from kvpsi.hog import Hog, HogSettings
+from kvpsi.hog import Hog, HogSettings, worker_command
 from kvpsi.hog.memory import Hoard
 from support.interrupts import popen_heeding_ctrl_c
 
@@ -50,6 +50,22 @@ def test_sigterm_ends_it_early_with_a_report() -> None:
     assert not report.completed and report.killed_by is None and report.seconds < 30
 
 
+def test_one_that_is_ended_before_it_began_was_not_killed() -> None:
+    hog = Hog(HogSettings(4 * MIB, hold_s=60))
+    hog.end()
+    report = hog.wait()
+    assert not report.completed and report.killed_by is None and report.peak_bytes == 0
+
+
+def test_it_ends_quietly_when_nobody_listens_any_more() -> None:
+    command = worker_command(HogSettings(4 * MIB, hold_s=60))
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert worker.stdout is not None and worker.stdout.readline()
+    worker.stdout.close()
+    _, stderr = worker.communicate(timeout=30)
+    assert not stderr
+
+
 def test_one_that_was_killed_is_told_with_how_far_it_got() -> None:
     started: list[subprocess.Popen[str]] = []
 
@@ -84,7 +100,7 @@ def test_ctrl_c_ends_the_command_with_a_report() -> None:
         stdout, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 0 and not stderr
+    assert process.returncode == 130 and not stderr
     report = json.loads(stdout)
     assert report["completed"] is False and report["peak_bytes"] == 4 * MIB
 
@@ -93,6 +109,9 @@ def test_ctrl_c_ends_the_command_with_a_report() -> None:
     ("options", "said"),
     [
         (["--pressure-mib", "0"], "above 0"),
+        (["--rate-mib-s", "nan"], "--rate-mib-s"),
+        (["--hold-s", "inf"], "--hold-s"),
+        (["--pressure-mib", "1"], "--pressure-step-mib"),
         (["--pressure-mib", "100000000"], "--force"),
         (["--shape", "circle"], "sawtooth"),
         (["--trace", "nowhere.csv"], "cannot be read"),

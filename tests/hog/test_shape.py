@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,8 @@ def test_a_trace_that_is_none_is_refused_with_the_line(tmp_path: Path, text: str
         {"step_bytes": -1},
         {"rate_bytes_s": 0.0},
         {"hold_s": -1.0},
+        {"hold_s": math.inf},
+        {"rate_bytes_s": math.nan},
         {"shape": "circle"},
         {"kind": "paper"},
         {"shape": "trace"},

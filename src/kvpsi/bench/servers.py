@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import psutil
 
+from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import EnvironmentProblem, UsageError
 
 Name = Literal["kvpsi", "kvpsi-streams", "xllamacpp", "llama-cpp-python"]
@@ -41,6 +42,9 @@ class Setting:
     n_ctx: int
     n_parallel: int
     n_threads: int
+
+    def __post_init__(self) -> None:
+        LoadSettings(self.n_ctx, self.n_threads)  # complains of what llama.cpp would not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +81,16 @@ def names_in(text: str) -> tuple[Name, ...]:
     return found
 
 
-def is_installed(name: Name) -> bool:
-    """Whether it can be started here."""
-    return importlib.util.find_spec(_MODULES[name]) is not None
+def missing_of(names: Sequence[Name]) -> list[Name]:
+    """Those that are not installed.
+
+    Raises:
+        EnvironmentProblem: that is all of them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(_MODULES[name]) is None]
+    if len(missing) == len(names):
+        raise EnvironmentProblem(f"None of {', '.join(names)} is installed; `pip install kvpsi[bench]` does that.")
+    return missing
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[Any]:

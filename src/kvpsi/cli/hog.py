@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kvpsi.cli.output import print_json
+from kvpsi.cli.output import INTERRUPTED, print_json
 from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes
 
@@ -48,18 +48,24 @@ def hog(
         kind=cast("MemoryKind", kind),
         trace=points,
     )
+    if not points and settings.step_bytes > settings.size_bytes:
+        raise UsageError("It takes whole steps only: lower --pressure-step-mib, or raise --pressure-mib.")
     if not force:
         _refuse_what_is_not_there(settings)
     process = Hog(settings)
+    interrupted = False
     try:
         report = process.wait(_tell if sys.stderr.isatty() else lambda _time_s, _size_bytes: None)
     except KeyboardInterrupt:
+        interrupted = True
         process.end()
         report = process.wait()
     if json:
         print_json(dataclasses.asdict(report))
     else:
         print(_in_words(report))
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
     if report.killed_by is not None:
         raise typer.Exit(1)
 

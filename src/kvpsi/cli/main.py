@@ -17,10 +17,9 @@ import typer
 
 from kvpsi import __version__
 from kvpsi.cli import bench, board, doctor, generate, hog, pull, serve, top
-from kvpsi.cli.output import one_line
+from kvpsi.cli.output import INTERRUPTED, one_line
 from kvpsi.errors import KvpsiError
 
-_INTERRUPTED = 130
 _ENDING = [signal.SIGTERM] + [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]
 
 app = typer.Typer(
@@ -76,7 +75,7 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         _discard_output()
         return 1

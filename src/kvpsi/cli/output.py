@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
+
 
 def print_json(document: Mapping[str, object]) -> None:
     """Print one JSON document and a newline; figures must be finite, so that every parser takes it."""

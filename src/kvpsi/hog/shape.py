@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,13 @@ from kvpsi.units import parse_bytes
 
 ShapeName = Literal["grow", "pulse", "ramp", "sawtooth", "trace"]
 MemoryKind = Literal["anon", "file", "both"]
+_ABOVE_ZERO = {
+    "size_bytes": "--pressure-mib",
+    "step_bytes": "--pressure-step-mib",
+    "rate_bytes_s": "--rate-mib-s",
+    "period_s": "--period-s",
+}
+_NOT_NEGATIVE = {"warmup_s": "--pressure-warmup-s", "hold_s": "--hold-s"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +52,12 @@ class HogSettings:
     trace: tuple[tuple[float, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("size_bytes", "step_bytes", "rate_bytes_s", "period_s"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"The neighbour's {name} is {getattr(self, name)}, but it has to be above 0.")
-        for name in ("warmup_s", "hold_s"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"The neighbour's {name} is {getattr(self, name)}; a time cannot be negative.")
+        for name, option in _ABOVE_ZERO.items():
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"The neighbour's {name} ({option}) has to be a number above 0.")
+        for name, option in _NOT_NEGATIVE.items():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"The neighbour's {name} ({option}) has to be a number of seconds, 0 or more.")
         if self.shape not in get_args(ShapeName) or self.kind not in get_args(MemoryKind):
             raise UsageError(
                 f"A neighbour's shape is one of {', '.join(get_args(ShapeName))} and its kind one of "

@@ -43,6 +43,7 @@ class Hog:
     def __init__(self, settings: HogSettings, start: Start | None = None) -> None:
         self._process = (start or _start)(worker_command(settings))
         self._seconds, self._peak_bytes = 0.0, 0
+        self._told_to_end = False
 
     def wait(self, tell: Callable[[float, int], None] = lambda _time_s, _size_bytes: None) -> HogReport:
         """Wait until it ends; ``tell`` hears from time to time how many bytes it has after how many seconds.
@@ -60,6 +61,8 @@ class Hog:
                 tell(self._seconds, said["size_bytes"])
         lines.close()
         code = self._process.wait()
+        if report is None and self._told_to_end and code == -signal.SIGTERM:  # before it had begun to listen
+            return HogReport(False, None, self._seconds, self._peak_bytes, None, None)
         if report is None:
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             return HogReport(False, how, self._seconds, self._peak_bytes, None, None)
@@ -74,6 +77,7 @@ class Hog:
 
     def end(self) -> None:
         """Have it stop and report."""
+        self._told_to_end = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 

@@ -43,6 +43,8 @@ class Plan:
             raise UsageError(f"{self.runs} runs show nothing; give at least 1 with --runs.")
         if not self.variants or not set(self.variants) <= set(get_args(Variant)):
             raise UsageError(f"The variants are {', '.join(get_args(Variant))}, not {','.join(self.variants)}.")
+        if len(set(self.variants)) < len(self.variants):
+            raise UsageError("Name each variant once.")
 
 
 def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -71,10 +72,13 @@ class Plan:
                 f"generated and {self.read_tokens} read ones do not fit into a context of {self.n_ctx}; "
                 "raise -c or lower -n."
             )
-        if min(self.prompt_tokens, self.calm_tokens, self.n_predict, self.rounds) < 1 or (
-            min(self.cooldown_s, self.limit_s, self.read_tokens) < 0
-        ):
-            raise UsageError("Tokens and rounds are at least 1, times not negative.")
+        for name in ("prompt_tokens", "calm_tokens", "n_predict", "rounds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.read_tokens < 0:
+            raise UsageError(f"read_tokens is {self.read_tokens}; give 0 or more.")
+        if not 0 <= self.cooldown_s < math.inf or not 0 < self.limit_s < math.inf:
+            raise UsageError("The pause between runs is 0 s or more and their limit above 0 s, and both are numbers.")
         LoadSettings(self.n_ctx, self.n_threads)  # complains of what llama.cpp would not take
         CacheSettings(self.keep, self.tail, self.min_prune)
         if not 0 < self.prune_threshold <= 1:

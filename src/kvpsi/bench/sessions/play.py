@@ -16,6 +16,7 @@ from kvpsi.bench.servers import Name, Running, Setting, running
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import Hog, HogReport, HogSettings
+from kvpsi.units import format_bytes
 
 Tell = Callable[[str], None]
 Note = Callable[[str, int, int], None]
@@ -59,6 +60,8 @@ class Plan:
             raise UsageError("There has to be a server, a conversation and a request at least.")
         if not 0 < self.history_tokens <= self.n_ctx // 2 or not 0 < self.request_tokens <= self.n_ctx // 2:
             raise UsageError("A conversation has one token at least, and at most half as many as the context.")
+        if self.hog.size_bytes >= self.memory_bytes:
+            raise UsageError("The neighbour is as large as the board: lower --pressure-mib, or raise --memory.")
 
 
 @dataclass(slots=True)
@@ -100,26 +103,32 @@ class Played:
     hog: HogReport | None = None
 
 
-def play(plan: Plan, name: Name, setting: Setting, note: Note, tell: Tell) -> Played:
+def play(plan: Plan, played: Played, setting: Setting, note: Note, tell: Tell) -> None:
     """Have one server go through all of it, or until the kernel kills it, which is a result.
 
+    Args:
+        played: takes what it did, as it does it.
+
     Raises:
-        EnvironmentProblem: it failed without having been killed.
+        EnvironmentProblem: it failed without having been killed, or does not fit on the board.
     """
-    played = Played(name)
     with open_board(BoardSettings(plan.memory_bytes)) as board:
 
         def start(command: Sequence[str]) -> subprocess.Popen[str]:
             return board.start(command, group="server", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-        with running(name, setting, start) as server:
-            try:
+        try:
+            with running(played.server, setting, start) as server:
                 _Run(plan, server, played, note, tell).through(board)
-            except (EnvironmentProblem, psutil.Error):
-                if not board.cgroups.kills("server"):
-                    raise
-        played.kills = board.figures().kills
-    return played
+        except (EnvironmentProblem, psutil.Error) as error:
+            if not board.cgroups.kills("server"):
+                raise
+            if not played.begun_bytes:
+                raise EnvironmentProblem(
+                    f"{played.server} does not fit on a board of {format_bytes(plan.memory_bytes)}; raise --memory."
+                ) from error
+        finally:
+            played.kills = board.figures().kills
 
 
 class _Run:
@@ -138,15 +147,15 @@ class _Run:
         name, played = self._server.name, self._played
         played.begun_bytes = self._server.rss_bytes
         played.capacity_bytes = self._server.capacity_bytes()
-        self._tell(f"{name}: conversations that come back")
+        self._tell(f"conversations that come back, {name}")
         self._converse()
         played.answers = self._return(played.returned_s)
-        self._tell(f"{name}: {self._plan.requests} others")
+        self._tell(f"{self._plan.requests} others, {name}")
         self._ask_others()
         played.full_bytes = self._server.rss_bytes
-        self._tell(f"{name}: beside a neighbour")
+        self._tell(f"beside a neighbour, {name}")
         self._grow_a_neighbour(board)
-        self._tell(f"{name}: the conversations again")
+        self._tell(f"the conversations again, {name}")
         again = [self._ask(talk[:1]) for talk in self._talks]
         played.first_again = [a.text for a in again]
         played.cached_again = sum(a.n_cached for a in again)

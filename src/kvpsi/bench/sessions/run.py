@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpsi.bench.figures import Figure
 from kvpsi.bench.processes import see_that_boards_can_be_made
-from kvpsi.bench.servers import Setting, is_installed
+from kvpsi.bench.servers import Setting, missing_of
 from kvpsi.bench.sessions.play import Plan, Played, Tell, play
 from kvpsi.bench.table import Table
 from kvpsi.board import BoardSettings
@@ -24,7 +24,7 @@ def run(plan: Plan, out_dir: Path, tell: Tell) -> dict[str, Any]:
     table = Table(out_dir / "resident.csv")
     played: list[Played] = []
     interrupted = False
-    missing = [name for name in plan.servers if not is_installed(name)]
+    missing = missing_of(plan.servers)
     setting = Setting(plan.model, plan.n_ctx, 4, plan.n_threads or usable_threads())
     try:
         see_that_boards_can_be_made(BoardSettings(plan.memory_bytes))
@@ -35,7 +35,8 @@ def run(plan: Plan, out_dir: Path, tell: Tell) -> dict[str, Any]:
                     row = {"server": name, "doing": doing, "number": number, "rss_mib": round(rss_bytes / MIB, 1)}
                     table.add(row)
 
-                played.append(play(plan, name, setting, note, tell))
+                played.append(Played(name))
+                play(plan, played[-1], setting, note, tell)
     except KeyboardInterrupt:
         interrupted = True
     return {

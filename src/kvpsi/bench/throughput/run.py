@@ -12,7 +12,7 @@ from typing import Any
 from kvpsi.bench.client import Load, load
 from kvpsi.bench.figures import Figure, quantile
 from kvpsi.bench.prompts import draw
-from kvpsi.bench.servers import Name, Running, Setting, is_installed, running
+from kvpsi.bench.servers import Name, Running, Setting, missing_of, running
 from kvpsi.bench.table import Table
 from kvpsi.engines.loading import usable_threads
 from kvpsi.errors import UsageError
@@ -69,7 +69,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     table = Table(out_dir / "throughput.csv")
     played: list[Played] = []
     interrupted = False
-    missing = [name for name in plan.servers if not is_installed(name)]
+    missing = missing_of(plan.servers)
     setting = Setting(plan.model, plan.n_ctx, max(plan.levels), plan.n_threads or usable_threads())
     try:
         with contextlib.ExitStack() as stack:

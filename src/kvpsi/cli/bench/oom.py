@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import show, status_on_stderr
+from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
 
@@ -32,7 +32,7 @@ def oom(
     chosen = cast("tuple[Variant, ...]", tuple(variants.split(",")))
     plan = Plan(path, runs, seed, memory_bytes, variants=chosen)
     with status_on_stderr() as say:
-        document = run(plan, out_dir, say)
+        document = run(plan, usable_folder(out_dir), say)
     words = (
         f"{name}: " + ", ".join(f"{key} {value}" for key, value in figures.items())
         for name, figures in document["variants"].items()

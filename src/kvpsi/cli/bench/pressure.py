@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import show, status_on_stderr
+from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
 
@@ -76,6 +76,7 @@ def pressure(
         prune_threshold=threshold,
     )
     with status_on_stderr() as say:
-        document = run(plan, out_dir, say)
+        document = run(plan, usable_folder(out_dir), say)
     rows = [reporting.Row(**row) for row in document["runs"]]
-    show(document, as_json=json, words=[reporting.markdown(rows), f"Raw data and plots are in {out_dir}."])
+    where = [f"Raw data and plots are in {out_dir}."] if document["raw"] else []
+    show(document, as_json=json, words=[reporting.markdown(rows), *where])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import show, status_on_stderr
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.units import parse_bytes
 
@@ -28,6 +28,5 @@ def react(
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     with status_on_stderr() as say:
-        document = run(Plan(path, bursts, n_tokens=tokens, memory_bytes=memory_bytes), out_dir, say)
-    words = (", ".join(f"{key} {value}" for key, value in row.items()) for row in document["distributions"])
-    show(document, as_json=json, words=words)
+        document = run(Plan(path, bursts, n_tokens=tokens, memory_bytes=memory_bytes), usable_folder(out_dir), say)
+    show(document, as_json=json, words=map(in_words, document["distributions"]))

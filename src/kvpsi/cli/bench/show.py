@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from kvpsi.cli.output import one_line, print_json
-
-_INTERRUPTED = 130
+from kvpsi.cli.output import INTERRUPTED, one_line, print_json
+from kvpsi.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -40,6 +41,22 @@ class _Stages:
             print(f"kvpsi: {stage}", file=sys.stderr, flush=True)
 
 
+def usable_folder(out_dir: Path) -> Path:
+    """The folder, made if it was not there.
+
+    Raises:
+        UsageError: nothing can be written there, which one had better know before the bench than after it.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            return out_dir
+    except OSError as error:
+        raise UsageError(
+            f"Nothing can be written to {out_dir} ({error.strerror}); choose another folder with --out-dir."
+        ) from error
+
+
 def show(document: dict[str, Any], *, as_json: bool, words: Iterable[str] = ()) -> None:
     """Print what a bench found, as JSON or as lines and a table; what went wrong beside it on standard error.
 
@@ -48,6 +65,8 @@ def show(document: dict[str, Any], *, as_json: bool, words: Iterable[str] = ()) 
     """
     for problem in document.get("problems", ()):
         print(f"kvpsi: {one_line(problem)}", file=sys.stderr)
+    if document.get("interrupted"):
+        print("kvpsi: interrupted; what was measured until then follows.", file=sys.stderr)
     if as_json:
         print_json(document)
     else:
@@ -55,7 +74,7 @@ def show(document: dict[str, Any], *, as_json: bool, words: Iterable[str] = ()) 
             print(line)
         _print_figures(document)
     if document.get("interrupted"):
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _print_figures(document: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpsi import models
-from kvpsi.cli.bench.show import in_words, show, status_on_stderr
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.errors import UsageError
 
@@ -48,5 +48,5 @@ def throughput(
         seed=seed,
     )
     with status_on_stderr() as say:
-        document = run(plan, out_dir, say)
+        document = run(plan, usable_folder(out_dir), say)
     show(document, as_json=json, words=map(in_words, document["levels"]))
