@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -114,9 +115,14 @@ def test_many_clients_beside_a_sawtooth(board_places: BoardPlaces, default_model
         assert not wrong, wrong[0]
         assert process.poll() is None and fared.killed_by is None and board.figures().kills == 0
         assert ends["stop"] + ends["length"] >= 3 and not ends["error"], ends
-        while server.memory_info().rss > idle_bytes + 60 * MIB and time.monotonic() < until + 60:
-            time.sleep(0.5)
-        print(ends, f"idle {idle_bytes / MIB:.0f} MiB, afterwards {server.memory_info().rss / MIB:.0f} MiB")
+        with urllib.request.urlopen(f"{url}/v1/kvpsi/status", timeout=30) as answer:
+            status = json.load(answer)
+        after_bytes, saved_bytes = server.memory_info().rss, status["sessions_bytes"]
+        print(
+            ends, f"idle {idle_bytes / MIB:.0f}, afterwards {after_bytes / MIB:.0f}, saved {saved_bytes / MIB:.0f} MiB"
+        )
+        assert status["running"] == status["waiting"] == 0
+        assert after_bytes - saved_bytes < idle_bytes + 60 * MIB, "conversations are kept, nothing else"
         process.terminate()
         process.wait(30)
         assert "Traceback" not in log.read_text(), log.read_text()
