@@ -11,40 +11,42 @@ from kvpsi.kv.layout import Plane
 from kvpsi.kv.pages import PAGE_BYTES
 from kvpsi.kv.spans import free_bytes, whole_pages_in
 
-SPACE = 24 * PAGE_BYTES
-Cache = tuple[list[Plane], BoolArray, BoolArray]
+SPACE = 40 * PAGE_BYTES
+Stream = tuple[list[Plane], BoolArray, BoolArray]
 
 
 @st.composite
-def caches(draw: st.DrawFn) -> Cache:
-    """Planes that do not overlap, often right behind each other, and masks of free and slack cells."""
+def caches(draw: st.DrawFn) -> list[Stream]:
+    """Streams of planes that do not overlap, often right behind each other, with masks of free and slack cells."""
     n_cells = draw(st.integers(1, 40))
-    planes, at = [], draw(st.integers(0, 2 * PAGE_BYTES))
-    while len(planes) < 4:
-        size = draw(st.sampled_from([2, 64, 200, 384, 640, 1024]))
-        if at + n_cells * size > SPACE:
-            break
-        planes.append(Plane(at, size))
-        at += n_cells * size + draw(st.sampled_from([0, 0, 0, 100]))
-    free = np.array(draw(st.lists(st.booleans() | st.just(True), min_size=n_cells, max_size=n_cells)))
-    slack = free & np.array(draw(st.lists(st.booleans(), min_size=n_cells, max_size=n_cells)))
-    return planes or [Plane(0, 2)], free, slack
+    sizes = draw(st.lists(st.sampled_from([2, 64, 200, 384, 640, 1024]), min_size=1, max_size=3))
+    at = draw(st.integers(0, 2 * PAGE_BYTES))
+    streams: list[Stream] = []
+    for _ in range(draw(st.integers(1, 3))):
+        planes = []
+        for size in sizes:
+            if at + n_cells * size > SPACE:
+                return streams
+            planes.append(Plane(at, size))
+            at += n_cells * size + draw(st.sampled_from([0, 0, 0, 100]))
+        free = np.array(draw(st.lists(st.booleans() | st.just(True), min_size=n_cells, max_size=n_cells)))
+        slack = free & np.array(draw(st.lists(st.booleans(), min_size=n_cells, max_size=n_cells)))
+        streams.append((planes, free, slack))
+    return streams
 
 
-@given(st.lists(caches(), min_size=1, max_size=1))
-def test_pages_are_those_that_a_look_at_every_byte_finds(
-    some: list[tuple[list[Plane], np.ndarray, np.ndarray]],
-) -> None:
-    ((planes, free, slack),) = some
+@given(caches())
+def test_pages_are_those_that_a_look_at_every_byte_finds(streams: list[Stream]) -> None:
     free_byte, slack_byte = np.zeros(SPACE, dtype=bool), np.zeros(SPACE, dtype=bool)
-    for plane in planes:
-        for cell in range(free.size):
-            start = plane.base + cell * plane.bytes_per_cell
-            free_byte[start : start + plane.bytes_per_cell] = free[cell]
-            slack_byte[start : start + plane.bytes_per_cell] = slack[cell]
+    for planes, free, slack in streams:
+        for plane in planes:
+            for cell in range(free.size):
+                start = plane.base + cell * plane.bytes_per_cell
+                free_byte[start : start + plane.bytes_per_cell] = free[cell]
+                slack_byte[start : start + plane.bytes_per_cell] = slack[cell]
     whole = free_byte.reshape(-1, PAGE_BYTES).all(axis=1)
     wanted = whole & slack_byte.reshape(-1, PAGE_BYTES).any(axis=1)
-    found = whole_pages_in([free_bytes(planes, free, slack)])
+    found = whole_pages_in(free_bytes(*stream) for stream in streams)
     given_back = np.zeros(SPACE // PAGE_BYTES, dtype=bool)
     for span in found:
         pages = given_back[span.start // PAGE_BYTES : span.end // PAGE_BYTES]

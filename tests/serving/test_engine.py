@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvpsi.engines.loading import LoadSettings
-from kvpsi.errors import PromptTooLongError
+from kvpsi.errors import KvpsiError, PromptTooLongError
 from kvpsi.kv import CacheSettings
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, WaitedTooLongError
@@ -285,3 +285,30 @@ def test_it_can_be_stopped_in_the_middle_of_a_decode(engine: Engine) -> None:
         stop.set()
         thread.join()
     assert again == expected and engine.context.cache.trusted
+
+
+@pytest.mark.parametrize("fails_for_good", [False, True])
+def test_an_engine_that_breaks_tells_everybody(context: ServedContext, fails_for_good: bool) -> None:
+    told: queue.SimpleQueue[KvpsiError] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    calls = 0
+
+    def deliver(events: list[tuple[Request, Event]]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1 or fails_for_good:
+            raise RuntimeError("the loop is broken")
+        for _, event in events:
+            heard.put(event)
+
+    engine = Engine(context, EngineSettings(parallel=2), deliver, on_death=told.put)
+    try:
+        ask(engine, STORY, max_tokens=4)
+        assert "the loop is broken" in str(told.get(timeout=60))
+        with pytest.raises(ShuttingDownError):
+            ask(engine, STORY, max_tokens=4)
+        if not fails_for_good:
+            assert isinstance(heard.get(timeout=60), Failed)
+    finally:
+        engine.close()
+        context.cache.clear()

@@ -13,6 +13,19 @@ from kvpsi.serving.json_schema import MOST_REPETITIONS, gbnf_of
 def test_a_schema_becomes_a_grammar_with_a_root() -> None:
     grammar = gbnf_of({"type": "object", "properties": {"name": {"type": "string", "maxLength": MOST_REPETITIONS}}})
     assert "root ::=" in grammar and "name" in grammar
+    assert grammar.count("(") <= 4000, "the sampler takes no more groups"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+        "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}$",
+        "^[a-z0-9]{1,64}@[a-z0-9]{1,63}$",
+    ],
+)
+def test_usual_patterns_can_be_followed(pattern: str) -> None:
+    assert "root ::=" in gbnf_of({"type": "string", "pattern": pattern})
 
 
 @pytest.mark.parametrize(
@@ -21,9 +34,10 @@ def test_a_schema_becomes_a_grammar_with_a_root() -> None:
         {"type": "string", "maxLength": 1_000_000_000},
         {"type": "string", "minLength": 10**12},
         {"type": "object", "properties": {"list": {"type": "array", "items": {}, "maxItems": 1e400}}},
-        {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": 2001}]},
-        {"type": "string", "pattern": "^(((a{100}){100}){100})$"},
+        {"anyOf": [{"type": "array", "items": {"type": "integer"}, "minItems": MOST_REPETITIONS + 1}]},
+        {"type": "object", "properties": {f"p{n}": {"type": "string", "maxLength": 500} for n in range(10)}},
         {"type": "string", "pattern": "^a{1,99999999}$"},
+        {"type": "object", "properties": {"default": {"type": "string", "maxLength": 99_999_999}}},
     ],
 )
 def test_what_would_be_written_out_too_often_is_refused(schema: dict[str, Any]) -> None:
@@ -34,6 +48,7 @@ def test_what_would_be_written_out_too_often_is_refused(schema: dict[str, Any]) 
 def test_a_property_may_be_called_like_a_keyword() -> None:
     schema = {"type": "object", "properties": {"maxLength": {"type": "integer"}}, "required": ["maxLength"]}
     assert "maxLength" in gbnf_of(schema)
+    assert "root ::=" in gbnf_of({"type": "string", "default": {"maxItems": 50_000}})
 
 
 def test_what_the_converter_does_not_know_is_told() -> None:

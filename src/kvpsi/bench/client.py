@@ -79,7 +79,7 @@ def ask(url: str, messages: Sequence[Message], n_predict: int) -> Asked:
             if "error" in said:
                 raise EnvironmentProblem(f"{url} broke off: {said['error']}.")
             if usage := said.get("usage"):
-                n_told = usage["completion_tokens"]
+                n_told = usage.get("completion_tokens", n_told)
                 n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             for choice in said["choices"]:
                 if shown := choice["delta"].get("content"):

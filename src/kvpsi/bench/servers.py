@@ -60,6 +60,11 @@ class Running:
         """Its resident set."""
         return int(self.process.memory_info().rss)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return bool(self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE)
+
     def capacity_bytes(self) -> int:
         """What kvpsi's cache can be at most; 0 for others, which do not say."""
         if not self.name.startswith("kvpsi"):
@@ -72,12 +77,14 @@ def names_in(text: str) -> tuple[Name, ...]:
     """The servers that a list names.
 
     Raises:
-        UsageError: there is one that nobody knows.
+        UsageError: there is one that nobody knows, or one twice.
     """
     known: tuple[Name, ...] = get_args(Name)
     found = tuple(name for each in text.split(",") for name in known if name == each.strip())
     if len(found) < len(text.split(",")):
         raise UsageError(f"The servers are {', '.join(known)}, not {text}.")
+    if len(set(found)) < len(found):
+        raise UsageError("Name each server once.")
     return found
 
 

@@ -43,21 +43,18 @@ def free_bytes(planes: Sequence[Plane], free: BoolArray, slack: BoolArray) -> Fr
     touched = np.flatnonzero(slack)
     low, high = np.searchsorted(touched, first), np.searchsorted(touched, end)
     has = high > low
+    padded = np.append(touched, 0)  # what has no slack is not looked up
+    slack_first, slack_end = padded[np.where(has, low, -1)], padded[np.where(has, high - 1, -1)] + 1
     # a range that is shorter than a page matters only where it may touch the next plane's
     at_edge = (first == 0) | (end == free.size)
-    widest = max(p.bytes_per_cell for p in planes)
-    matters = at_edge | (has & ((end - first) * widest >= PAGE_BYTES))
-    first, end, low, high, has = (each[matters] for each in (first, end, low, high, has))
-    padded = np.append(touched, 0)  # what has no slack is not looked up
-    base = np.array([p.base for p in planes], dtype=np.int64)[:, None]
-    size = np.array([p.bytes_per_cell for p in planes], dtype=np.int64)[:, None]
-    slack_first = np.where(has, padded[np.where(has, low, -1)], 0)
-    slack_end = np.where(has, padded[np.where(has, high - 1, -1)] + 1, 0)
+    sizes = np.array([p.bytes_per_cell for p in planes], dtype=np.int64)
+    plane, each = np.nonzero(at_edge | (has & ((end - first) * sizes[:, None] >= PAGE_BYTES)))
+    base, size = np.array([p.base for p in planes], dtype=np.int64)[plane], sizes[plane]
     return FreeBytes(
-        (base + first * size).ravel(),
-        (base + end * size).ravel(),
-        np.where(has, base + slack_first * size, _NOWHERE).ravel(),
-        np.where(has, base + slack_end * size, 0).ravel(),
+        base + first[each] * size,
+        base + end[each] * size,
+        np.where(has[each], base + slack_first[each] * size, _NOWHERE),
+        np.where(has[each], base + slack_end[each] * size, 0),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import math
 import queue
@@ -34,7 +35,7 @@ from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Match, Session, Sessions
 from kvpsi.serving.step import Part, plan
-from kvpsi.serving.thread import ComputingThread
+from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
 log = logging.getLogger("kvpsi")
@@ -193,16 +194,7 @@ class Engine:
 
     def ask(self, job: Callable[[], R]) -> Future[R]:
         """Have something done by the engine's thread between two steps."""
-        future: Future[R] = Future()
-
-        def do() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(job())
-            except BaseException as error:  # whoever asked is told
-                future.set_exception(error)
-
+        do, future = job_of(job)
         if self._closing:
             future.set_exception(ShuttingDownError("The server is shutting down."))
         else:
@@ -224,6 +216,20 @@ class Engine:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # nobody would hear of it, and all would wait for ever
+            log.exception("The engine ended")
+            self._closing = True
+            problem = EnvironmentProblem(f"The engine ended ({error}); start it again.")
+            for request in [*self.waiting, *(answer.request for answer in self.running)]:
+                self._emit(request, Failed(problem))
+            with contextlib.suppress(Exception):
+                self._flush()
+            self._leave_no_job()
+            self._on_death(problem)
+
+    def _serve(self) -> None:
         while not self._closing:
             try:
                 self._take_jobs()

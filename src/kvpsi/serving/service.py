@@ -71,14 +71,19 @@ class Service:
         self.latencies: Latencies | None = None
         self.events = events or Events()
         self.engine = Engine(context, settings, self._deliver, self._spare_bytes, on_death, thread)
-        self.history = History(self.status)
+        try:
+            self.history = History(self.status)
+        except BaseException:
+            self.engine.close()
+            raise
 
     def close(self) -> None:
         """Stop governing, and end all answers with an error."""
-        self.history.close()
-        if self.governor is not None:
-            self.governor.stop()
-        self.engine.close()
+        with contextlib.ExitStack() as steps:  # the engine's thread ends whatever happens before
+            steps.callback(self.engine.close)
+            if self.governor is not None:
+                steps.callback(self.governor.stop)
+            steps.callback(self.history.close)
 
     def govern(self, source: PressureSource, **options: Any) -> None:
         """Keep the memory within what the machine can spare; options as for `kvpsi.governor.Governor`."""

@@ -17,31 +17,45 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 
 
+def job_of(work: Callable[..., R], *args: Any) -> tuple[Callable[[], None], Future[R]]:
+    """What another thread is to do, and where it tells what came of it."""
+    future: Future[R] = Future()
+
+    def do() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:  # whoever asked is told
+            future.set_exception(error)
+
+    return do, future
+
+
 class ComputingThread:
     """Does what it is given, one after the other, until it is stopped."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="kvpsi-engine", daemon=True)
         self._thread.start()
 
     def call(self, work: Callable[..., R], *args: Any) -> Future[R]:
-        """Have it call something, after what it was given before."""
-        future: Future[R] = Future()
+        """Have it call something, after what it was given before.
 
-        def do() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(work(*args))
-            except BaseException as error:  # whoever asked is told
-                future.set_exception(error)
-
-        self._work.put(do)
+        Raises:
+            RuntimeError: it was stopped.
+        """
+        if self._stopped:
+            raise RuntimeError("The thread was stopped.")
+        job, future = job_of(work, *args)
+        self._work.put(job)
         return future
 
     def stop(self) -> None:
-        """Wait until it has done what it was given, and end it."""
+        """Wait until it has done what it was given, and end it. Not from the thread itself."""
+        self._stopped = True
         self._work.put(None)
         self._thread.join()
 

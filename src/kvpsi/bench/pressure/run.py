@@ -35,8 +35,9 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                         time.sleep(plan.cooldown_s)
                     report(f"round {number + 1} of {plan.rounds}: {variant}")
                     runs.append(play(plan, talk, variant, number + 1))
-                    if runs[-1].model_killed and not runs[-1].calm:
-                        problems.append(f"{variant} was killed before it generated anything: raise --memory.")
+                    sentence = f"{variant} was killed before it generated anything: raise --memory."
+                    if runs[-1].model_killed and not runs[-1].calm and sentence not in problems:
+                        problems.append(sentence)
                     _write(out_dir, plan, runs, [], interrupted=True, problems=problems)
     except KeyboardInterrupt:
         interrupted = True
@@ -46,7 +47,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     except ImportError as error:
         problems.append(f"There are no plots ({error}); `pip install kvpsi[bench]` installs what they need.")
     except OSError as error:
-        problems.append(f"There are no plots ({error.strerror}).")
+        problems.append(f"There are no plots ({error.strerror or error}).")
     return _write(out_dir, plan, runs, pictures, interrupted=interrupted, problems=problems)
 
 

@@ -120,13 +120,14 @@ def play(plan: Plan, played: Played, setting: Setting, note: Note, tell: Tell) -
         try:
             with running(played.server, setting, start) as server:
                 _Run(plan, server, played, note, tell).through(board)
-        except (EnvironmentProblem, psutil.Error) as error:
-            if not board.cgroups.kills("server"):
-                raise
+        except (EnvironmentProblem, OSError, psutil.Error) as error:
             if not played.begun_bytes:
                 raise EnvironmentProblem(
-                    f"{played.server} does not fit on a board of {format_bytes(plan.memory_bytes)}; raise --memory."
+                    f"{played.server} did not come up on a board of {format_bytes(plan.memory_bytes)}; raise --memory, "
+                    "or start it by hand to see why."
                 ) from error
+            if not board.cgroups.kills("server"):
+                raise
         finally:
             played.kills = board.figures().kills
 
@@ -201,8 +202,14 @@ class _Run:
 
         def look() -> None:
             while not over.wait(0.2):
-                seen.append(self._server.rss_bytes)
-                self._note("neighbour", len(seen), seen[-1])
+                try:
+                    rss_bytes = self._server.rss_bytes
+                except psutil.Error:
+                    return
+                if not rss_bytes:  # it was killed
+                    return
+                seen.append(rss_bytes)
+                self._note("neighbour", len(seen), rss_bytes)
 
         watcher = threading.Thread(target=look)
         watcher.start()
@@ -211,4 +218,4 @@ class _Run:
         finally:
             over.set()
             watcher.join()
-        played.beside_bytes = min(seen, default=0)
+        played.beside_bytes = min(seen, default=0) if self._server.is_alive else 0

@@ -66,7 +66,7 @@ def _row(p: Played) -> dict[str, object]:
         "rss_begun_mib": round(p.begun_bytes / MIB),
         "requests_answered": p.answered,
         "rss_full_mib": round(p.full_bytes / MIB),
-        "rss_beside_mib": round(p.beside_bytes / MIB),
+        "rss_beside_mib": round(p.beside_bytes / MIB) if p.beside_bytes else None,
         "kills": p.kills,
         "neighbour_lived": bool(p.hog and p.hog.killed_by is None),
     }

@@ -87,7 +87,9 @@ def _usage(body: CompletionRequest, ends: Sequence[engine.Finished]) -> dict[str
     each = [usage_of(ends[start : start + n]) for start in range(0, len(ends), n)]
     total = {key: sum(u[key] for u in each) for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
     cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in each)
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    n_forgotten = sum(u.get("kvpsi_forgotten_tokens", 0) for u in each)
+    forgotten = {"kvpsi_forgotten_tokens": n_forgotten} if n_forgotten else {}
+    return {**total, "prompt_tokens_details": {"cached_tokens": cached}, **forgotten}
 
 
 async def _chunks(
