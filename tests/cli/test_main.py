@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,21 @@ def test_pull_of_a_broken_file_prints_nothing_on_standard_output(tmp_path: Path)
     done = run("pull", "--json", str(tmp_path / "broken.gguf"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("kvpsi: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_a_library_takes_for_an_error_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def wrapping() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise RuntimeError("SchemaError: KeyboardInterrupt") from error
+
+    monkeypatch.setattr(cli, "app", app)
+    assert cli.main(["--"]) == status
+    assert not capsys.readouterr().err

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,8 @@ from kvpsi.cli import bench, board, doctor, generate, hog, pull, serve, top
 from kvpsi.cli.output import INTERRUPTED, one_line
 from kvpsi.errors import KvpsiError
 
+Handler = Callable[[int, Any], None]
+_asked_to_end: list[int] = []
 _ENDING = [signal.SIGTERM] + [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]
 
 app = typer.Typer(
@@ -59,7 +61,11 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller; without this, errors would go to standard output
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for the rest of the process
-    before = {n: signal.signal(n, _terminate) for n in _ENDING if signal.getsignal(n) is not signal.SIG_IGN}
+    _asked_to_end.clear()
+    handlers: dict[int, Handler] = dict.fromkeys(_ENDING, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = _interrupt
+    before = {n: signal.signal(n, h) for n, h in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         return _run(arguments)
     finally:
@@ -90,8 +96,14 @@ def _run(arguments: list[str]) -> int:
         return status
 
 
+def _interrupt(number: int, _: object) -> None:
+    _asked_to_end.append(number)
+    raise KeyboardInterrupt
+
+
 def _terminate(number: int, _: object) -> None:
     """Clean up as after Ctrl-C."""
+    _asked_to_end.append(number)
     raise SystemExit(128 + number)
 
 
@@ -109,6 +121,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         what = f" {error.filename!r}" if error.filename else " its output"
         return f"Could not read or write{what}: {error.strerror or error}.", 1
+    if _asked_to_end:  # pydantic, for one, turns what is raised in the middle of it into an error of its own
+        return "", 128 + _asked_to_end[-1]
     bug = f"Internal error ({type(error).__name__}: {error})"
     return f"{bug}: please report it with what KVPSI_DEBUG=1 shows.", 1
 
