@@ -100,6 +100,11 @@ def missing_of(names: Sequence[Name]) -> list[Name]:
     return missing
 
 
+def left_out(name: Name) -> str:
+    """What is told of one that is not installed."""
+    return f"{name} is not installed and left out: `pip install kvpsi[bench]` installs it."
+
+
 def _start(command: Sequence[str]) -> subprocess.Popen[Any]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

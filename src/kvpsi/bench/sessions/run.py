@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpsi.bench.figures import Figure
 from kvpsi.bench.processes import see_that_boards_can_be_made
-from kvpsi.bench.servers import Setting, missing_of
+from kvpsi.bench.servers import Setting, left_out, missing_of
 from kvpsi.bench.sessions.play import Plan, Played, Tell, play
 from kvpsi.bench.table import Table
 from kvpsi.board import BoardSettings
@@ -44,10 +44,7 @@ def run(plan: Plan, out_dir: Path, tell: Tell) -> dict[str, Any]:
         "interrupted": interrupted,
         "servers": [_row(p) for p in played],
         "figures": [f.as_json() for f in figures_of(played)],
-        "problems": [
-            *table.problems,
-            *(f"{name} is not installed and left out: `pip install kvpsi[bench]` installs it." for name in missing),
-        ],
+        "problems": [*table.problems, *map(left_out, missing)],
         "raw": table.paths,
     }
 
@@ -77,17 +74,15 @@ def figures_of(played: Sequence[Played]) -> list[Figure]:
     found = []
     for p in played:
         mine = p.server == "kvpsi"
-        if p.first_s and p.second_s:
-            ratio = statistics.median(s / f for s, f in zip(p.second_s, p.first_s, strict=True))
-            found.append(Figure(f"{p.server}.second_turn_to_first", ratio, "", 0.1 if mine else None, "<="))
-        if p.returned_s:
-            ratio = statistics.median(r / f for r, f in zip(p.returned_s, p.first_s, strict=True))
-            found.append(Figure(f"{p.server}.returned_to_first", ratio, "", 0.1 if mine else None, "<="))
+        for turn, later_s in (("second_turn", p.second_s), ("returned", p.returned_s)):
+            if later_s:
+                ratio = statistics.median(later / first for later, first in zip(later_s, p.first_s, strict=True))
+                found.append(Figure(f"{p.server}.{turn}_to_first", ratio, "", 0.1 if mine else None, "<="))
         if p.full_bytes:
-            found.append(Figure(f"{p.server}.growth", (p.full_bytes - p.begun_bytes) / MIB, "MiB"))
-        if p.capacity_bytes and p.full_bytes:
-            share = (p.full_bytes - p.begun_bytes) / p.capacity_bytes
-            found.append(Figure(f"{p.server}.growth_to_cache", share, "", 1.05, "<="))
+            growth_bytes = p.full_bytes - p.begun_bytes
+            found.append(Figure(f"{p.server}.growth", growth_bytes / MIB, "MiB"))
+            if p.capacity_bytes:
+                found.append(Figure(f"{p.server}.growth_to_cache", growth_bytes / p.capacity_bytes, "", 1.05, "<="))
         if p.beside_bytes:
             share = p.beside_bytes / p.full_bytes
             found.append(Figure(f"{p.server}.rss_beside_neighbour", share, "", 0.9 if mine else None, "<="))

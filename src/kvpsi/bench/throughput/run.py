@@ -12,7 +12,7 @@ from typing import Any
 from kvpsi.bench.client import Load, load
 from kvpsi.bench.figures import Figure, quantile
 from kvpsi.bench.prompts import draw
-from kvpsi.bench.servers import Name, Running, Setting, missing_of, running
+from kvpsi.bench.servers import Name, Running, Setting, left_out, missing_of, running
 from kvpsi.bench.table import Table
 from kvpsi.engines.loading import usable_threads
 from kvpsi.errors import UsageError
@@ -91,10 +91,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
         "interrupted": interrupted,
         "levels": _levels(played),
         "figures": [f.as_json() for f in figures_of(played)],
-        "problems": [
-            *table.problems,
-            *(f"{name} is not installed and left out: `pip install kvpsi[bench]` installs it." for name in missing),
-        ],
+        "problems": [*table.problems, *map(left_out, missing)],
         "raw": table.paths,
     }
 
