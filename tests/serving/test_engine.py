@@ -136,6 +136,26 @@ def test_the_same_beginning_is_shared_while_it_is_in_use(engine: Engine) -> None
     assert sum(end.cached_tokens >= n_shared for end in ends) == 2, "one read it, the others did not"
 
 
+def test_the_beginning_that_all_prompts_have_is_read_once(engine: Engine) -> None:
+    """A chat template's first words, with which the last answer's prompt began as well, and little else of it."""
+    beginning = engine.context.model.tokenize(b"You are an assistant of few words. " * 4, True, True)[:18]
+    prompts = [
+        beginning + engine.context.model.tokenize((f"{word} {STORY * 4}").encode(), False, True)
+        for word in ("Seven", "Blue", "Iron")
+    ]
+    alone = ask(engine, prompts[0], max_tokens=8).finished()[1]
+    first, second = (ask(engine, prompt, max_tokens=8) for prompt in prompts[1:])
+    (text, end), (other_text, other_end) = first.finished(), second.finished()
+    assert (alone.cached_tokens, end.cached_tokens, other_end.cached_tokens) == (0, 18, 18)
+    assert engine.context.cache.trusted
+    engine.ask(engine.sessions.clear).result()
+    engine.ask(engine.conversations.give_resting).result()
+    engine.ask(engine.sessions.clear).result()
+    read_anew = ask(engine, prompts[1], max_tokens=8).finished()
+    assert read_anew[1].cached_tokens == 0 and read_anew[0] == text
+    assert other_text
+
+
 def test_stop_strings_seeds_and_biases_are_heeded(engine: Engine) -> None:
     text, _ = ask(engine, STORY, max_tokens=24).finished()
     word = text.split()[2]

@@ -21,7 +21,6 @@ from kvpsi.errors import (
     CacheRefusedError,
     EnvironmentProblem,
     KvpsiError,
-    LayoutError,
     PromptTooLongError,
     UsageError,
 )
@@ -29,11 +28,12 @@ from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
 from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
+from kvpsi.serving.conversations import Conversations, Held
 from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
-from kvpsi.serving.sessions import Match, Session, Sessions
+from kvpsi.serving.sessions import Sessions
 from kvpsi.serving.step import Part, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
@@ -43,7 +43,6 @@ R = TypeVar("R")
 
 Deliver = Callable[[list[tuple[Request, Event]]], None]
 
-_LEAST_KEPT_TOKENS = 16
 _LEAST_SHARED_TOKENS = 32
 _RETRY_S = 0.05
 _REFUSED_FOR_S = 30.0
@@ -132,6 +131,7 @@ class Engine:
         self.settings = settings or EngineSettings()
         self.sessions = Sessions()
         self.memory = CacheMemory(context, self.sessions, self._shrink_if_idle)
+        self.conversations = Conversations(context, self.memory)
         self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
         self.counters = Counters()
         self.running: list[Answer] = []
@@ -139,8 +139,6 @@ class Engine:
         self._spare_bytes = spare_bytes
         self._on_death = on_death
         self._events: list[tuple[Request, Event]] = []
-        self._free = collections.deque(range(context.n_seq))
-        self._resting: list[_Resting] = []
         self._paused: dict[Request, Answer] = {}
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -344,7 +342,7 @@ class Engine:
         if n_cells <= now or now >= most:
             return False
         # what several share is there once for each of them afterwards, and for a moment everything is there twice
-        held = sum(a.n_done for a in self.running) + sum(len(r.tokens) for r in self._resting)
+        held = sum(a.n_done for a in self.running) + self.conversations.resting_tokens
         target = min(most, -(-max(2 * now, n_cells + now // 2, held + now // 2) // _STEP_CELLS) * _STEP_CELLS)
         needed_bytes = (target + held) * context.cache.bytes_per_cell
         if target <= max(now, held) or self._spare_bytes() < needed_bytes:
@@ -353,8 +351,7 @@ class Engine:
         lost = context.grow(target)
         for answer in [a for a in self.running if a.seq_id in lost]:
             answer.n_done = 0
-        self._free.extend(r.seq_id for r in self._resting if r.seq_id in lost)
-        self._resting = [r for r in self._resting if r.seq_id not in lost]
+        self.conversations.note_lost(lost)
         return context.cache.n_cells > now
 
     def _begin(self, request: Request) -> None:
@@ -364,111 +361,28 @@ class Engine:
             answer = Answer(request, Sampler(self.context.model, request.sampling, seed), self._emit)
             for token in request.prompt[-_PENALTY_TOKENS:] if request.sampling.penalizes else ():
                 answer.sampler.accept(token)
-        seq_id, n_done = self._reuse(answer)
+        running = [self._held_by(other) for other in self.running]
+        seq_id, n_done = self.conversations.begin(answer.tokens, request.pin, running)
         answer.begin(seq_id, n_done)
         self.counters.cached_tokens += n_done
         self.counters.prompt_tokens += len(answer.tokens) - n_done
         self.running.append(answer)
 
-    def _reuse(self, answer: Answer) -> tuple[int, int]:
-        """A sequence that holds as many of its first tokens as there are anywhere; the last one is decoded anew."""
-        cache, tokens, pin = self.context.cache, answer.tokens, answer.request.pin
-        most = len(tokens) - 1
-        # a sliding window has lost what lies before the place at which it would be cut
-        uncut = self.context.n_swa > 0
-        resting = max(self._resting, key=lambda r: common_prefix(r.tokens, tokens), default=None)
-        n_resting = _usable(common_prefix(resting.tokens, tokens), len(resting.tokens), most, uncut) if resting else 0
-        saved = self.sessions.best(tokens, pin)
-        n_saved = _usable(saved.n_tokens, len(saved.session.tokens), most, uncut) if saved else 0
-        # between streams llama.cpp copies whole sequences only
-        others = self.running if self.context.plan.unified and not uncut else ()
-        running = [(min(most, self._shared_with(other, tokens)), other) for other in others]
-        n_running, source = max(running, key=lambda each: each[0], default=(0, None))
-
-        if resting is not None and n_resting >= max(n_saved, n_running, 1) and 2 * n_resting >= len(resting.tokens):
-            self._resting.remove(resting)
-            self._park_resting()
-            if len(resting.tokens) > n_resting:
-                cache.seq_rm(resting.seq_id, n_resting, -1)
-            return resting.seq_id, n_resting
-        self._park_resting()
-        saved = self.sessions.best(tokens, pin)  # what rested is among them now, and others may have gone for it
-        n_saved = _usable(saved.n_tokens, len(saved.session.tokens), most, uncut) if saved else 0
-        seq_id = self._free.popleft()
-        try:
-            return seq_id, self._fill_from(source, n_running, saved, n_saved, seq_id)
-        except BaseException:
-            self._release(seq_id)
-            raise
-
-    def _fill_from(self, source: Answer | None, n_running: int, saved: Match | None, n_saved: int, seq_id: int) -> int:
-        """Give an empty sequence what is there of its prompt already; how many tokens that were."""
-        if source is not None and n_running >= max(n_saved, _LEAST_SHARED_TOKENS):
-            self.context.cache.seq_cp(source.seq_id, seq_id, 0, n_running)
-            return n_running
-        worthwhile = saved is not None and n_saved >= max(_LEAST_KEPT_TOKENS, len(saved.session.tokens) // 8)
-        if saved is not None and worthwhile and self._load(saved.session, seq_id, n_saved):
-            return n_saved
-        return 0
-
-    def _shared_with(self, other: Answer, tokens: Sequence[int]) -> int:
-        shared = common_prefix(other.tokens[: other.n_done], tokens)
-        return min(shared, self.context.cache.first_gap(other.seq_id)) if other.forgotten_tokens else shared
-
-    def _load(self, session: Session, seq_id: int, n_tokens: int) -> bool:
-        """Take a saved conversation in; whether that was possible."""
-        cache = self.context.cache
-        self.memory.make_room(len(session.tokens), keeping=session)
-        try:
-            if not cache.load_sequence(session.state, seq_id):
-                return False
-        except (CacheRefusedError, LayoutError):
-            return False
-        if len(session.tokens) > n_tokens:
-            cache.seq_rm(seq_id, n_tokens, -1)
-        if 2 * n_tokens >= len(session.tokens):  # the answer goes on from it
-            self.sessions.remove(session)
-        return True
+    def _held_by(self, answer: Answer) -> Held:
+        """What its sequence holds, up to what was forgotten first."""
+        n_tokens = answer.n_done
+        if answer.forgotten_tokens:
+            n_tokens = min(n_tokens, self.context.cache.first_gap(answer.seq_id))
+        return Held(answer.seq_id, answer.tokens[:n_tokens], answer.request.pin)
 
     def _end(self, answer: Answer) -> None:
-        """Take an answer out; what its sequence holds rests in the cache for whoever asks on."""
+        """Take an answer out; what its sequence holds is kept for whoever asks on."""
         self.running.remove(answer)
         answer.sampler.close()
-        held = answer.tokens[: answer.n_done]
+        held = self._held_by(answer)
         if answer.forgotten_tokens:
-            gap = self.context.cache.first_gap(answer.seq_id)
-            self.context.cache.seq_rm(answer.seq_id, gap, -1)
-            held = held[:gap]
-        if len(held) < _LEAST_KEPT_TOKENS:
-            self._release(answer.seq_id)
-            return
-        self._resting.append(_Resting(answer.seq_id, held, answer.request.pin))
-        if self.running:
-            self._park_resting()
-
-    def _release(self, seq_id: int) -> None:
-        if self.context.lost:
-            return
-        self.context.cache.seq_rm(seq_id, -1, -1)
-        self._free.append(seq_id)
-
-    def _park_resting(self) -> None:
-        """Save what rests in the cache and take it out, so that nobody has to attend to it."""
-        while self._resting:
-            resting = self._resting.pop()
-            try:
-                self._save(resting)
-            except (KvpsiError, OSError) as error:  # it is read anew then
-                log.info("A conversation could not be saved: %s", error)
-            self._release(resting.seq_id)
-        self.memory.make_room(0)
-
-    def _save(self, resting: _Resting) -> None:
-        """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
-        cache, n_tokens = self.context.cache, len(resting.tokens)
-        short = cache.allowed_cells < cache.n_cells and self.memory.make_room(n_tokens)
-        if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
-            self.sessions.add(Session(resting.tokens, cache.save_sequence(resting.seq_id), resting.pin))
+            self.context.cache.seq_rm(answer.seq_id, len(held.tokens), -1)
+        self.conversations.end(held, alone=not self.running)
 
     def _forget_paused(self, request: Request) -> None:
         answer = self._paused.pop(request, None)
@@ -487,7 +401,7 @@ class Engine:
             self._emit(answer.request, Failed(error))
             self.running.remove(answer)
             answer.sampler.close()
-            self._release(answer.seq_id)
+            self.conversations.release(answer.seq_id)
         self.counters.failed += len(waiting)
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -536,7 +450,7 @@ class Engine:
     def _pause(self, answer: Answer) -> None:
         """Give up what a running answer holds; it goes on later where it was, after reading it again."""
         self.running.remove(answer)
-        self._release(answer.seq_id)
+        self.conversations.release(answer.seq_id)
         answer.n_done = 0
         answer.pauses += 1
         self.counters.pauses += 1
@@ -629,8 +543,7 @@ class Engine:
         for answer in self.running:
             if answer.seq_id == lost.seq_id:
                 answer.forgotten_tokens += lost.n_tokens
-        for resting in [r for r in self._resting if r.seq_id == lost.seq_id]:
-            resting.tokens = resting.tokens[: lost.first_pos]
+        self.conversations.note_forgotten(lost)
         self.counters.forgotten_tokens += lost.n_tokens
 
     def _shrink_if_idle(self) -> int | None:
@@ -646,25 +559,10 @@ class Engine:
         """Give what is above the limit: saved conversations, then what rests in the cache, then tokens."""
         before = self.memory.returned_bytes
         self.memory.make_room(0)
-        while self._resting and self.memory.missing_cells(0):
-            self._release(self._resting.pop(0).seq_id)
+        if self.memory.missing_cells(0):
+            self.conversations.give_resting()
         self.context.cache.give_now()
         return self.memory.returned_bytes - before
-
-
-def _usable(n_shared: int, n_held: int, most: int, uncut: bool) -> int:
-    """How many of the shared tokens can be gone on from."""
-    usable = min(n_shared, most)
-    return usable if usable == n_held or not uncut else 0
-
-
-@dataclass(eq=False, slots=True)
-class _Resting:
-    """A conversation that nobody is answering, whose tokens are still in the cache."""
-
-    seq_id: int
-    tokens: list[int]
-    pin: str | None
 
 
 def _tell_listeners(events: list[tuple[Request, Event]]) -> None:

@@ -44,7 +44,7 @@ class Plan:
     levels: tuple[int, ...] = (1, 2, 4, 8)
     rounds: int = 3
     requests: int = 2
-    n_predict: int = 128
+    n_predict: int = 64
     n_ctx: int = 16384
     n_threads: int = 0
     seed: int = 1

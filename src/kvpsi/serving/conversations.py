@@ -1,0 +1,188 @@
+"""Which sequence of the cache holds whose tokens, and what is kept for those who come back.
+
+A conversation that nobody is answering *rests* in the cache until somebody else is answered, and is then *saved*:
+copied out of it. A prompt takes over as many of its first tokens as there are anywhere: the whole sequence that rests,
+a saved conversation, or the first cells of a sequence that rests or is in use, which it then shares.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvpsi.errors import CacheRefusedError, KvpsiError, LayoutError
+from kvpsi.kv.gated import Forgotten
+from kvpsi.serving.context import ServedContext
+from kvpsi.serving.memory import CacheMemory
+from kvpsi.serving.prefix import common_prefix
+from kvpsi.serving.sessions import Match, Session
+
+log = logging.getLogger("kvpsi")
+_LEAST_KEPT_TOKENS = 16
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """Tokens that a sequence of the cache holds, from the first on without a gap; ``pin`` is whose they are."""
+
+    seq_id: int
+    tokens: list[int]
+    pin: str | None
+
+
+class Conversations:
+    """All of them. Used by the engine's thread only.
+
+    Args:
+        context: in whose cache they are.
+        memory: makes room for them, and has those that are saved.
+    """
+
+    def __init__(self, context: ServedContext, memory: CacheMemory) -> None:
+        self._context = context
+        self._memory = memory
+        self._sessions = memory.sessions
+        self._free = collections.deque(range(context.n_seq))
+        self._resting: Held | None = None
+        # a sliding window has lost what lies before the place at which it would be cut
+        self._uncut = context.n_swa > 0
+        # between streams llama.cpp copies whole sequences only
+        self._shares = context.plan.unified and not self._uncut
+
+    @property
+    def resting_tokens(self) -> int:
+        """Tokens of the one that rests."""
+        return len(self._resting.tokens) if self._resting else 0
+
+    def begin(self, prompt: Sequence[int], pin: str | None, running: Sequence[Held]) -> tuple[int, int]:
+        """A sequence for a prompt, and how many of its first tokens it holds already: all but the last one at most.
+
+        Args:
+            prompt: its tokens.
+            pin: whose it is, if its client says so.
+            running: what the sequences hold that are in use.
+        """
+        resting = self._resting
+        n_resting = self._usable(resting.tokens, prompt) if resting else 0
+        source, n_shared = self._longest(prompt, [*running, resting] if resting else running)
+        match = self._saved(prompt, pin)
+        n_saved = match.n_tokens if match else 0
+        if resting is not None and n_resting >= max(n_saved, n_shared, 1) and 2 * n_resting >= len(resting.tokens):
+            self._resting = None
+            if len(resting.tokens) > n_resting:
+                self._context.cache.seq_rm(resting.seq_id, n_resting, -1)
+            return resting.seq_id, n_resting
+        seq_id = self._free.popleft()
+        try:
+            return seq_id, self._fill(seq_id, prompt, pin, source, n_shared)
+        except BaseException:
+            self.release(seq_id)
+            raise
+
+    def _fill(self, seq_id: int, prompt: Sequence[int], pin: str | None, source: Held | None, n_shared: int) -> int:
+        """Give an empty sequence what is there of a prompt; how many tokens that is."""
+        cache, resting = self._context.cache, self._resting
+        if source is not None and self._worth_loading(prompt, pin, n_shared) is None:
+            cache.seq_cp(source.seq_id, seq_id, 0, n_shared)
+            self._save_resting()
+            return n_shared
+        self._save_resting()  # it is among the saved ones then, and others may have gone for it
+        match = self._worth_loading(prompt, pin, n_shared)
+        if match is not None and self._load(match, seq_id):
+            return match.n_tokens
+        if source is None or source is resting:
+            return 0
+        cache.seq_cp(source.seq_id, seq_id, 0, n_shared)
+        return n_shared
+
+    def end(self, held: Held, *, alone: bool) -> None:
+        """Nobody is answering it any more; it rests, or is saved if others are being answered."""
+        if len(held.tokens) < _LEAST_KEPT_TOKENS:
+            self.release(held.seq_id)
+            return
+        self._save_resting()
+        self._resting = held
+        if not alone:
+            self._save_resting()
+
+    def release(self, seq_id: int) -> None:
+        """Empty a sequence for others."""
+        if self._context.lost:
+            return
+        self._context.cache.seq_rm(seq_id, -1, -1)
+        self._free.append(seq_id)
+
+    def give_resting(self) -> None:
+        """Give up what rests."""
+        if self._resting is not None:
+            self.release(self._resting.seq_id)
+            self._resting = None
+
+    def note_lost(self, seq_ids: Sequence[int]) -> None:
+        """These sequences are empty now."""
+        if self._resting is not None and self._resting.seq_id in seq_ids:
+            self._free.append(self._resting.seq_id)
+            self._resting = None
+
+    def note_forgotten(self, lost: Forgotten) -> None:
+        """The cache has forgotten something."""
+        if self._resting is not None and self._resting.seq_id == lost.seq_id:
+            self._resting.tokens = self._resting.tokens[: lost.first_pos]
+
+    def _usable(self, held: Sequence[int], prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens can be taken from held ones."""
+        n_tokens = min(common_prefix(held, prompt), len(prompt) - 1)
+        return 0 if self._uncut and n_tokens < len(held) else n_tokens
+
+    def _longest(self, prompt: Sequence[int], sequences: Sequence[Held]) -> tuple[Held | None, int]:
+        """The sequence that shares most first tokens with a prompt, and how many; None if that is next to nothing."""
+        if not self._shares or not sequences:
+            return None, 0
+        n_shared, source = max(((self._usable(held.tokens, prompt), held) for held in sequences), key=lambda m: m[0])
+        return (source, n_shared) if n_shared >= _LEAST_KEPT_TOKENS else (None, 0)
+
+    def _saved(self, prompt: Sequence[int], pin: str | None) -> Match | None:
+        """The saved one that shares most first tokens with a prompt."""
+        match = self._sessions.best(prompt, pin)
+        return Match(match.session, self._usable(match.session.tokens, prompt)) if match else None
+
+    def _worth_loading(self, prompt: Sequence[int], pin: str | None, n_shared: int) -> Match | None:
+        """A saved one that is worth its loading, if ``n_shared`` tokens can be had for nothing."""
+        match = self._saved(prompt, pin)
+        least = max(_LEAST_KEPT_TOKENS, len(match.session.tokens) // 8) if match else 0
+        return match if match is not None and match.n_tokens - n_shared >= least else None
+
+    def _load(self, match: Match, seq_id: int) -> bool:
+        """Take a saved conversation in; whether that was possible."""
+        cache, session = self._context.cache, match.session
+        self._memory.make_room(len(session.tokens), keeping=session)
+        try:
+            if not cache.load_sequence(session.state, seq_id):
+                return False
+        except (CacheRefusedError, LayoutError):
+            return False
+        if len(session.tokens) > match.n_tokens:
+            cache.seq_rm(seq_id, match.n_tokens, -1)
+        if 2 * match.n_tokens >= len(session.tokens):  # the answer goes on from it
+            self._sessions.remove(session)
+        return True
+
+    def _save_resting(self) -> None:
+        """Save what rests in the cache and take it out, so that nobody has to attend to it."""
+        resting, self._resting = self._resting, None
+        if resting is not None:
+            try:
+                self._save(resting)
+            except (KvpsiError, OSError) as error:  # it is read anew then
+                log.info("A conversation could not be saved: %s", error)
+            self.release(resting.seq_id)
+        self._memory.make_room(0)
+
+    def _save(self, held: Held) -> None:
+        """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
+        cache, n_tokens = self._context.cache, len(held.tokens)
+        short = cache.allowed_cells < cache.n_cells and self._memory.make_room(n_tokens)
+        if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
+            self._sessions.add(Session(held.tokens, cache.save_sequence(held.seq_id), held.pin))
