@@ -9,7 +9,8 @@
     ├── EnvironmentProblem     this machine does not allow it: exit status 1
     │   ├── DownloadError      a model could not be fetched
     │   ├── PressureUnavailableError
-    │   └── RebuildError       a context could not be made again, or would not take its saved state
+    │   ├── RebuildError       a context could not be made again, or would not take its saved state
+    │   └── SpillError         a saved state could not be written to a file, or is not what was written
     ├── CacheRefusedError      the allocation gate said no and nothing could be evicted
     └── LayoutError            the KV tensors could not be found or did not verify
 
@@ -53,6 +54,10 @@ class PressureUnavailableError(EnvironmentProblem):
 
 class RebuildError(EnvironmentProblem):
     """A context that was freed to resize it could not be made again, or would not take its own state back."""
+
+
+class SpillError(EnvironmentProblem):
+    """A saved state could not be written to a file, or the file is not what was written."""
 
 
 class CacheRefusedError(KvpsiError):

@@ -12,5 +12,6 @@ from support.servers import Served, serving
 
 @pytest.fixture(scope="module")
 def served(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(default_model, tmp_path_factory.mktemp("server"), "-c", "4096", "--alias", "small", "-np", "4") as it:
+    options = ["-c", "4096", "--alias", "small", "-np", "4", "--log-requests", "--allow-origin", "http://page.example"]
+    with serving(default_model, tmp_path_factory.mktemp("server"), *options) as it:
         yield it

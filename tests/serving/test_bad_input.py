@@ -149,6 +149,48 @@ def test_other_methods(served: Served) -> None:
     assert status == 405 and answer["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/"])
+def test_a_monitor_may_ask_for_the_head_only(served: Served, path: str) -> None:
+    assert send(served, path, None, "HEAD") == (200, None)
+
+
+def test_a_body_that_does_not_say_what_it_is(served: Served) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    status, answer = send(served, CHAT, ASK, **form)
+    assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("origin", "may"), [("http://page.example", True), ("http://other.example", False)])
+def test_only_pages_that_were_named_may_ask(served: Served, origin: str, may: bool) -> None:
+    connection = http.client.HTTPConnection(*address(served), timeout=60)
+    asks = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    connection.request("OPTIONS", CHAT, headers=asks)
+    response = connection.getresponse()
+    assert (response.getheader("access-control-allow-origin") == origin) is may
+    connection.close()
+
+
+def test_a_request_has_an_id_and_a_line_in_the_log(served: Served) -> None:
+    connection = http.client.HTTPConnection(*address(served), timeout=60)
+    connection.request(
+        "POST", CHAT, json.dumps(ASK), {"Content-Type": "application/json", "X-Request-Id": "the-one-i-look-for"}
+    )
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    assert response.getheader("x-request-id") == "the-one-i-look-for"
+    deadline = time.monotonic() + 10
+    while "the-one-i-look-for" not in served.log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (line,) = [line for line in served.log.read_text().splitlines() if "the-one-i-look-for" in line]
+    assert f"POST {CHAT} 200 " in line and "broken off" not in line
+
+
+def test_all_tokens_may_be_chosen_from_and_more_than_fit_be_asked_for(served: Served) -> None:
+    status, answer = send(served, CHAT, {**ASK, "top_k": -1, "max_tokens": 10**9, "stop": ["e"]})
+    assert status == 200 and answer["choices"][0]["finish_reason"] == "stop", answer
+
+
 def test_half_open_sockets_and_slow_readers_stop_nobody(served: Served) -> None:
     half = [socket.create_connection(address(served), timeout=30) for _ in range(20)]
     for each in half:
@@ -186,6 +228,9 @@ def test_health_metrics_and_status(served: Served) -> None:
     for name in ("llamacpp:tokens_predicted_total", "vllm:num_requests_running", "kvpsi_kv_resident_bytes"):
         assert f"\n{name}" in text
     assert "vllm:time_to_first_token_seconds_bucket" in text
+    assert 'vllm:request_success_total{finished_reason="length",model_name="small"}' in text
+    assert 'vllm:kv_cache_usage_perc{model_name="small"}' in text and "process_resident_memory_bytes" in text
+    assert 'kvpsi_given_bytes_total{rung="parked"}' in text
     status = served.get("/v1/kvpsi/status")
     assert status["governed"] and status["capacity_bytes"] > status["resident_bytes"] >= 0
     assert status["headroom_bytes"] > 0 and status["finished"] > 0

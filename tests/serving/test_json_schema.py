@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from llama_cpp import LlamaGrammar
 
 from kvpsi.errors import UsageError
 from kvpsi.serving.json_schema import MOST_REPETITIONS, gbnf_of
@@ -26,6 +27,14 @@ def test_a_schema_becomes_a_grammar_with_a_root() -> None:
 )
 def test_usual_patterns_can_be_followed(pattern: str) -> None:
     assert "root ::=" in gbnf_of({"type": "string", "pattern": pattern})
+
+
+def test_classes_of_patterns_are_spelled_out() -> None:
+    grammar = gbnf_of({"type": "string", "pattern": r"^\d{2}[\w.-]+ \\d$"})
+    assert r"[0-9]" in grammar and "[A-Za-z0-9_.-]" in grammar
+    assert LlamaGrammar.from_string(grammar, verbose=False)
+    pattern_as_a_name = {"type": "object", "properties": {"pattern": {"type": "string", "pattern": r"^\d$"}}}
+    assert r"\d" not in gbnf_of(pattern_as_a_name)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,21 @@ def test_it_shows_what_goes_on_and_chats(served: Served, browser: Browser, width
     page.wait_for_function("document.querySelectorAll('figure .main-svg').length >= 5", timeout=60_000)
     page.wait_for_function("document.querySelector('#send').textContent === 'Send'", timeout=60_000)
     assert page.locator("#events li").count() >= 1
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", page.inner_text("#events li:first-child time"))
+    assert "answering / waiting" in page.inner_text(".tiles")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "it has to be scrolled sideways"
     assert problems == []
+    page.evaluate(
+        """fetch("v1/kvpsi/history").then((response) => response.json()).then((told) => {
+            const memory = {resident_bytes: 3 * MIB, sessions_bytes: 300 * MIB, capacity_bytes: 360 * MIB};
+            const counts = {sessions: 52, sessions_parked: 3, parked_bytes: 12 * MIB};
+            show({...told.status, ...memory, ...counts}, told.series, told.events);
+            window.tiles = document.querySelector(".tiles").innerText;
+        })"""
+    )
+    tiles = " ".join(page.evaluate("window.tiles").split())
+    assert "303 MiB of 360 MiB memory of conversations (cache 3.0 MiB, saved 300 MiB)" in tiles
+    assert "49 (300 MiB) saved conversations, parked 3 (12.0 MiB on disk)" in tiles
     page.close()
 
 
@@ -57,6 +71,10 @@ def test_it_asks_for_the_key_and_stops_an_answer(default_model: Path, tmp_path: 
         page = browser.new_page()
         page.goto(served.url)
         page.wait_for_selector("#login[open]")
+        assert not page.is_visible("#wrong")
+        page.fill("#key", "guessed")
+        page.click("#login button")
+        page.wait_for_selector("#wrong", state="visible")
         page.fill("#key", "secret")
         page.click("#login button")
         page.wait_for_function("document.querySelector('#state').textContent.startsWith('governed')")

@@ -47,6 +47,11 @@ def test_a_port_that_is_taken_is_told_in_a_sentence() -> None:
     assert done.returncode == 1 and "--port" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_a_folder_that_cannot_hold_conversations_is_told_in_a_sentence(default_model: Path) -> None:
+    done = serve("-m", str(default_model), "--port", "0", "--spill-dir", "/proc/parked")
+    assert done.returncode == 1 and "--spill-dir" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_a_template_that_is_none_ends_it_with_a_sentence(default_model: Path, tmp_path: Path) -> None:
     template = tmp_path / "bad.jinja"
     template.write_text("{% for %}")
@@ -66,4 +71,34 @@ def test_it_can_be_ended_at_any_time(default_model: Path, number: signal.Signals
     finally:
         process.kill()
     assert "Traceback" not in stderr, stderr
-    assert process.returncode in (0, 128 + number), stderr
+    # a server is ended by SIGTERM when all is well; before it listens it is a command like any other
+    wanted = (0, 128 + number) if number == signal.SIGTERM else (128 + number,)
+    assert process.returncode in wanted, stderr
+
+
+@pytest.mark.parametrize("wait_s", [1.5, 2.5, 5.0])
+def test_ctrl_c_twice_ends_it_without_a_word(default_model: Path, wait_s: float) -> None:
+    command = [sys.executable, "-m", "kvpsi", "serve", "-m", str(default_model), "--port", "0", "-t", "1"]
+    process = popen_heeding_ctrl_c(command, stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(wait_s)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in stderr and process.returncode == 128 + signal.SIGINT, stderr
+
+
+@pytest.mark.parametrize("keys", ["", " ", " , "])
+@pytest.mark.usefixtures("default_model")
+def test_an_empty_key_lets_nobody_in(keys: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVPSI_API_KEY", keys)
+    done = serve("--port", "0")
+    assert done.returncode == 2 and "KVPSI_API_KEY" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    monkeypatch.delenv("KVPSI_API_KEY")
+    file = tmp_path / "keys"
+    file.write_text("\n")
+    done = serve("--port", "0", "--api-key-file", str(file))
+    assert done.returncode == 2 and "--api-key-file" in done.stderr, done.stderr

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import http.server
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 
 import pytest
+from rich.console import Console
 
-from kvpsi.cli.top import sparkline
+from kvpsi.cli.top import History, _screen, sparkline
+from kvpsi.serving.status import Status
 from support.servers import Served
+
+COMMAND = [sys.executable, "-m", "kvpsi", "top"]
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "kvpsi", "top", *options], capture_output=True, text=True, timeout=60)
+    return subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=60)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
 
 
 def test_bars_reach_from_nothing_to_the_top() -> None:
@@ -22,18 +35,68 @@ def test_bars_reach_from_nothing_to_the_top() -> None:
     assert sparkline(deque([0.0, 1.0]), 0.0) == "  "
 
 
+def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixture[str]) -> None:
+    status = dict.fromkeys((field.name for field in dataclasses.fields(Status)), 0)
+    status |= {"capacity_bytes": 360 << 20, "resident_bytes": 3 << 20, "sessions_bytes": 300 << 20}
+    status |= {"sessions": 52, "sessions_parked": 3, "parked_bytes": 12 << 20}
+    status |= {"model": "small", "reason": "calm", "parallel": 8}
+    history = History()
+    history.add(status)
+    Console(width=150).print(_screen(status, history))
+    shown = capsys.readouterr().out
+    assert "303 MiB of 360 MiB" in shown and "49 (300 MiB)" in shown and "3 (12 MiB on disk)" in shown
+    assert "answering 0 of 8" in shown
+    Console(width=150).print(_screen({**status, "sessions_parked": 0}, history))
+    assert "parked" not in capsys.readouterr().out
+
+
 @pytest.mark.engine
 def test_it_shows_what_the_server_is_doing(served: Served) -> None:
     done = run("--url", served.url, "--once")
     assert done.returncode == 0, done.stderr
     assert "small" in done.stdout and "headroom" in done.stdout and "governor" in done.stdout
-    document = json.loads(run("--url", f"{served.url}/v1/", "--json").stdout)
+    document = json.loads(run("--url", f"{served.url.removeprefix('http://')}/v1/", "--json").stdout)
     assert document["model"] == "small" and document["capacity_bytes"] > 0
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("ending", ["reader", "Ctrl-C"])
+def test_a_pipe_gets_one_frame_after_the_other(served: Served, ending: str) -> None:
+    command = [*COMMAND, "--url", served.url, "--interval-s", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        shown = ""
+        while shown.count("memory pressure") < 3:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            shown += line
+        if ending == "reader":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == (1 if ending == "reader" else 130)
+        assert process.stderr.read() == "" and "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [([], "wants an API key"), (["--api-key", "guessed"], "does not accept this API key")]
+)
+def test_a_missing_key_and_a_wrong_one_are_told_apart(options: list[str], said: str) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.handle_request).start()
+        done = run("--url", f"127.0.0.1:{server.server_port}", *options)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("options", "status", "said"),
-    [(["--url", "http://127.0.0.1:9"], 1, "kvpsi serve"), (["--interval-s", "0"], 2, "--interval-s")],
+    [
+        (["--url", "http://127.0.0.1:9"], 1, "kvpsi serve"),
+        (["--url", "localhost:9"], 1, "http://localhost:9/v1"),
+        (["--url", "localhost:x"], 1, "kvpsi serve"),
+        (["--url", "ftp://127.0.0.1"], 2, "begins with http:// or https://"),
+        (["--interval-s", "0"], 2, "--interval-s"),
+    ],
 )
 def test_clumsy_input_is_told_in_a_sentence(options: list[str], status: int, said: str) -> None:
     done = run(*options)

@@ -33,7 +33,9 @@ class Served:
 def serving(model: Path, folder: Path, *options: str) -> Iterator[Served]:
     """`kvpsi serve` with one thread, until it says where it serves."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "kvpsi", "serve", "-m", str(model), "--port", "0", "-t", "1", *options]
+    parked = folder / "parked"
+    command = [sys.executable, "-m", "kvpsi", "serve", "-m", str(model), "--port", "0", "-t", "1"]
+    command += ["--spill-dir", str(parked), *options]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stderr=stderr, stdout=stderr, text=True)
     try:
@@ -43,7 +45,8 @@ def serving(model: Path, folder: Path, *options: str) -> Iterator[Served]:
             time.sleep(0.1)
         yield Served(process, found.group(1), log)
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        assert process.wait(30) == 0
+        assert not list(parked.glob("parked-*"))
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         process.kill()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +30,18 @@ def serve(
     threads: Annotated[int, typer.Option("--threads", "-t", envvar="KVPSI_THREADS", help="0: as many as can run.")] = 0,
     kv_type: Annotated[str, typer.Option("--kv-type", envvar="KVPSI_KV_TYPE", help="f16 or q8_0.")] = "f16",
     api_key: Annotated[
-        list[str] | None, typer.Option("--api-key", envvar="KVPSI_API_KEY", help="May be repeated; default: none.")
+        list[str] | None, typer.Option("--api-key", help="May be repeated; default: none. Also KVPSI_API_KEY.")
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", envvar="KVPSI_API_KEY_FILE", help="A file with a key a line.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", envvar="KVPSI_ALLOW_ORIGIN", help="Of pages that may ask (CORS), or *."),
+    ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", envvar="KVPSI_LOG_REQUESTS", help="Print a line for each request.")
+    ] = False,
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", envvar="KVPSI_CHAT_TEMPLATE", help="A file with a Jinja template.")
     ] = None,
@@ -56,6 +68,12 @@ def serve(
     regrow_above: Annotated[
         str, typer.Option("--regrow-above", envvar="KVPSI_REGROW_ABOVE", help="Headroom from which to grow back.")
     ] = "auto",
+    spill_dir: Annotated[
+        Path | None, typer.Option("--spill-dir", envvar="KVPSI_SPILL_DIR", help="Where idle conversations are parked.")
+    ] = None,
+    spill_max: Annotated[
+        str, typer.Option("--spill-max", envvar="KVPSI_SPILL_MAX", help="The most that they take there; 0: none.")
+    ] = "4G",
     log: Annotated[
         Path | None, typer.Option("--log", envvar="KVPSI_LOG", help="Write decisions as JSON lines.")
     ] = None,
@@ -76,8 +94,7 @@ def serve(
         ) from error
     from kvpsi.cli.eventlog import EventLog
 
-    if any(not key for key in api_key or ()):
-        raise UsageError("An --api-key is empty, which would let everybody in: give it a value, or leave it out.")
+    api_keys = _keys(api_key, api_key_file)
     if log is not None and no_govern:
         raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     show_errors_only()
@@ -93,18 +110,52 @@ def serve(
         cache=cache_settings(keep, tail, min_prune),
         law=law_settings(reserve, regrow_above),
         cache_limit=units.parse_share(cache_limit),
-        api_keys=tuple(api_key or ()),
+        api_keys=api_keys,
+        allow_origins=tuple(allow_origin or ()),
+        log_requests=log_requests,
         chat_template=_text_of(chat_template),
         queue_timeout_s=queue_timeout_s,
         most_body_bytes=units.parse_bytes(max_body),
+        spill_dir=spill_dir,
+        spill_max_bytes=0 if spill_max.strip() == "0" else units.parse_bytes(spill_max),
         govern=not no_govern,
         unified=kv_unified,
     )
+    for remark in _remarks(tail, keep, ctx, threads):
+        _say(remark)
     with contextlib.ExitStack() as stack:
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
         serve(settings, _say, events)
     if events is not None:
         events.raise_if_incomplete()
+
+
+def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """All API keys; none is empty, or everybody would get in where somebody meant to keep them out."""
+    keys = list(given or ())
+    if given is None and (variable := os.environ.get("KVPSI_API_KEY")) is not None:
+        keys = variable.replace(",", " ").split() or [""]
+    if file is not None:
+        try:
+            keys += file.read_text(encoding="utf-8").split() or [""]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--api-key-file {file} cannot be read ({error}).") from error
+    if not all(key.strip() for key in keys):
+        raise UsageError(
+            "An API key (--api-key, KVPSI_API_KEY, --api-key-file) is empty, which would let everybody in: give it a "
+            "value, or leave it out."
+        )
+    return tuple(keys)
+
+
+def _remarks(tail: int, keep: int, ctx: int, threads: int) -> Iterator[str]:
+    """What was asked for and hardly meant."""
+    from kvpsi.engines.loading import usable_threads
+
+    if ctx and keep + tail >= ctx:
+        yield f"nothing can be forgotten: --keep {keep} and --tail {tail} protect all {ctx} tokens of the cache"
+    if threads > usable_threads():
+        yield f"{threads} threads are more than the {usable_threads()} that can run; they will wait for each other"
 
 
 def _text_of(template: Path | None) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import urllib.error
 import urllib.request
 from collections import deque
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,20 +43,26 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
-    history = History()
-    history.add(status)
-    if once:
-        Console().print(_screen(status, history))
-        return
-    with Live(_screen(status, history), auto_refresh=False) as live:
+    history, console = History(), Console()
+    live = Live(console=console, auto_refresh=False) if console.is_interactive and not once else None
+    with live or contextlib.nullcontext():
         while True:
+            history.add(status)
+            if live is not None:
+                live.update(_screen(status, history), refresh=True)
+            else:
+                console.print(_screen(status, history))
+            if once:
+                return
             time.sleep(interval_s)
             status = _status(url, api_key)
-            history.add(status)
-            live.update(_screen(status, history), refresh=True)
 
 
 def _status(url: str, api_key: str) -> dict[str, Any]:
+    if "://" not in url:
+        url = f"http://{url}"
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{url} is no address of a server; give one that begins with http:// or https:// with --url.")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/kvpsi/status"
     try:
@@ -63,10 +71,12 @@ def _status(url: str, api_key: str) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(response.read())
             return found
     except urllib.error.HTTPError as error:
+        if error.code == 401 and api_key:
+            raise UsageError(f"{address} does not accept this API key; give another one with --api-key.") from error
         if error.code == 401:
             raise UsageError(f"{address} wants an API key; give it with --api-key.") from error
         raise EnvironmentProblem(f"{address} answered with status {error.code}; is it kvpsi's server?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise EnvironmentProblem(
             f"There is no answer from {address} ({error}); start `kvpsi serve`, or give its address with --url."
         ) from error
@@ -78,14 +88,15 @@ class History:
     def __init__(self) -> None:
         self.series: dict[str, deque[float]] = {
             name: deque(maxlen=_HISTORY)
-            for name in ("memory_pressure", "headroom_bytes", "resident_bytes", "tokens_per_second")
+            for name in ("memory_pressure", "headroom_bytes", "memory_bytes", "tokens_per_second")
         }
         self.told: deque[str] = deque(maxlen=_TOLD)
 
     def add(self, status: dict[str, Any]) -> None:
         """Take note of a look."""
+        figures = {**status, "memory_bytes": status["resident_bytes"] + status["sessions_bytes"]}
         for name, values in self.series.items():
-            values.append(float(status[name]))
+            values.append(float(figures[name]))
         if not self.told or self.told[-1].partition("  ")[2] != status["reason"]:
             self.told.append(f"{time.strftime('%H:%M:%S')}  {status['reason']}")
 
@@ -101,20 +112,24 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    capacity = max(1, s["capacity_bytes"])
+    capacity, cache, saved = max(1, s["capacity_bytes"]), s["resident_bytes"], s["sessions_bytes"]
+    memory = f"{format_bytes(cache + saved)} of {format_bytes(capacity)}"
     rows = [
         ("memory pressure", f"{s['memory_pressure']:.1%}", "memory_pressure", 1.0),
         ("headroom", format_bytes(s["headroom_bytes"]), "headroom_bytes", max(1, s["memory_limit_bytes"])),
-        ("KV resident", f"{format_bytes(s['resident_bytes'])} of {format_bytes(capacity)}", "resident_bytes", capacity),
         ("tokens a second", f"{s['tokens_per_second']:.1f}", "tokens_per_second", None),
+        ("conversations", memory, "memory_bytes", capacity),
     ]
     for name, value, series, top_value in rows:
         values = history.series[series]
         table.add_row(name, value, sparkline(values, max([1.0, *values]) if top_value is None else top_value))
-    requests = f"{s['running']} of {s['parallel']} answered, {s['waiting']} waiting, {s['finished']} finished"
+    table.add_row("  in the cache", format_bytes(cache))
+    kept = f"{s['sessions'] - s['sessions_parked']} ({format_bytes(saved)})"
+    table.add_row("  saved", kept, f"{s['sessions_dropped']} dropped, {s['pauses']} answers paused")
+    if s["sessions_parked"]:
+        table.add_row("  parked", f"{s['sessions_parked']} ({format_bytes(s['parked_bytes'])} on disk)")
+    requests = f"answering {s['running']} of {s['parallel']}, {s['waiting']} waiting, {s['finished']} finished"
     table.add_row("requests", requests, f"{s['failed']} failed, {s['cancelled']} cancelled, {s['rejected']} rejected")
-    saved = f"{s['sessions']} saved, {format_bytes(s['sessions_bytes'])}"
-    table.add_row("conversations", saved, f"{s['sessions_dropped']} dropped, {s['pauses']} answers paused")
     given = f"{format_bytes(s['returned_bytes'])} in {s['releases']} releases"
     table.add_row("given back", given, f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten")
     for line in history.told:

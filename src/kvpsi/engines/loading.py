@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,18 +191,21 @@ def fitting_context(
     )
 
 
-def load_model(path: Path, load: LoadSettings) -> LlamaModel:
-    """Load the weights alone.
+def load_model(path: Path, load: LoadSettings, is_wanted: Callable[[], bool] = lambda: True) -> LlamaModel:
+    """Load the weights alone; given up as soon as they are not wanted any more.
 
     Raises:
-        ModelFileError: llama.cpp would not load them.
+        ModelFileError: llama.cpp would not load them, or they were not wanted.
     """
     check_gguf(path)
     params = llama_cpp.llama_model_default_params()
     params.use_mlock = load.lock_weights
+    params.progress_callback = go_on = llama_cpp.llama_progress_callback(lambda _, __: is_wanted())
     try:
         with _interrupted_afterwards():
-            return LlamaModel(path_model=str(path), params=params, verbose=False)
+            model = LlamaModel(path_model=str(path), params=params, verbose=False)
+        del go_on  # it had to live until here
+        return model
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ModelFileError(f"llama.cpp cannot load {path} ({error}); fetch the file again or use another.") from error
 

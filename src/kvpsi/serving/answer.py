@@ -30,6 +30,7 @@ class Answer:
         self.forgotten_tokens = 0
         self.pauses = 0
         self.finished = False
+        self.reason: FinishReason | None = None
         self.queued_s = 0.0
         self._emit = emit
         self._text = TextStream(request.stop)
@@ -80,7 +81,7 @@ class Answer:
         rest = self._text.finish()
         if rest or self._held:
             self._show(rest, everything=True)
-        self.finished = True
+        self.finished, self.reason = True, reason
         n_prompt = len(self.request.prompt)
         self._emit(
             self.request,

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,16 +198,21 @@ class ServedContext:
 
 @contextlib.contextmanager
 def open_context(
-    path: Path, plan: ContextPlan, n_cells: int, *, instrument: Instrument | None = None
+    path: Path,
+    plan: ContextPlan,
+    n_cells: int,
+    *,
+    instrument: Instrument | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[ServedContext]:
-    """Load a model with such a context.
+    """Load a model with such a context, unless it is not wanted any more before that is done.
 
     Raises:
         ModelFileError: llama.cpp would not load the model.
         EnvironmentProblem: there is no memory for the context.
         UsageError: the model is of a kind that cannot be served.
     """
-    model = load_model(path, plan.load)
+    model = load_model(path, plan.load, is_wanted)
     try:
         served = ServedContext(model, plan, n_cells, instrument=instrument)
     except BaseException:

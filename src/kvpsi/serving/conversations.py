@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvpsi.errors import CacheRefusedError, KvpsiError, LayoutError
 from kvpsi.kv.gated import Forgotten
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.memory import CacheMemory
+from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
-from kvpsi.serving.sessions import Match, Session
+from kvpsi.serving.sessions import Match, Session, Sessions
 
 log = logging.getLogger("kvpsi")
 _LEAST_KEPT_TOKENS = 16
+_LEAST_TIMED_TOKENS = 32
+_SUPPOSED_S_PER_TOKEN = 0.01
+_SMOOTHING = 0.2
+_MOST_READS = 2
+
+MakeRoom = Callable[[int, Session | None], int]
 
 
 @dataclass(eq=False, slots=True)
@@ -37,13 +43,17 @@ class Conversations:
 
     Args:
         context: in whose cache they are.
-        memory: makes room for them, and has those that are saved.
+        sessions: those that are saved.
+        parking: where they are parked.
+        make_room: has room made for so many more cells, without the session given; the cells that are missing.
     """
 
-    def __init__(self, context: ServedContext, memory: CacheMemory) -> None:
+    def __init__(self, context: ServedContext, sessions: Sessions, parking: Parking, make_room: MakeRoom) -> None:
         self._context = context
-        self._memory = memory
-        self._sessions = memory.sessions
+        self._sessions = sessions
+        self._parking = parking
+        self._make_room = make_room
+        self._s_per_token = _SUPPOSED_S_PER_TOKEN
         self._free = collections.deque(range(context.n_seq))
         self._resting: Held | None = None
         # a sliding window has lost what lies before the place at which it would be cut
@@ -55,6 +65,33 @@ class Conversations:
     def resting_tokens(self) -> int:
         """Tokens of the one that rests."""
         return len(self._resting.tokens) if self._resting else 0
+
+    # -- costs ---------------------------------------------------------------------------------------------------
+
+    def note_reading(self, n_tokens: int, seconds: float) -> None:
+        """So many tokens of prompts were read in so much time."""
+        if n_tokens >= _LEAST_TIMED_TOKENS:
+            self._s_per_token += _SMOOTHING * (seconds / n_tokens - self._s_per_token)
+
+    def recompute_s(self, n_tokens: int) -> float:
+        """Seconds until the model has read so many tokens."""
+        return n_tokens * self._s_per_token
+
+    # -- beginning and ending ------------------------------------------------------------------------------------
+
+    def is_ready(self, prompt: Sequence[int], pin: str | None, running: Sequence[Held]) -> bool:
+        """Whether what there is of a prompt is in memory; if not, it is read from its file from now on."""
+        if not self._sessions.n_parked:
+            return True
+        in_cache = [*running, self._resting] if self._resting else running
+        match = self._worth_loading(prompt, pin, self._longest(prompt, in_cache)[1])
+        if match is None or match.session.state is not None:
+            return True
+        session = match.session
+        if session.n_reads >= _MOST_READS or self._make_room(len(session.tokens), session):
+            return True  # the model reads it again, then
+        self._parking.read(session)
+        return False
 
     def begin(self, prompt: Sequence[int], pin: str | None, running: Sequence[Held]) -> tuple[int, int]:
         """A sequence for a prompt, and how many of its first tokens it holds already: all but the last one at most.
@@ -131,6 +168,28 @@ class Conversations:
         if self._resting is not None and self._resting.seq_id == lost.seq_id:
             self._resting.tokens = self._resting.tokens[: lost.first_pos]
 
+    # -- parking -------------------------------------------------------------------------------------------------
+
+    @property
+    def may_park(self) -> bool:
+        """Whether there may be something that could be parked now."""
+        return self._parking.may_write and (self._resting is not None or self._sessions.n_bytes > 0)
+
+    def park_one(self, *, is_idle: bool, spare_bytes: int) -> None:
+        """Begin to park a conversation; that which rests is saved first, if nobody is being answered."""
+        resting = self._resting
+        if (
+            is_idle
+            and resting is not None
+            and 2 * len(resting.tokens) * self._context.cache.bytes_per_cell < spare_bytes
+        ):
+            self._save_resting()
+        session = self._parking.next(self.recompute_s)
+        if session is not None:
+            self._parking.write(session)
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
     def _usable(self, held: Sequence[int], prompt: Sequence[int]) -> int:
         """How many of a prompt's first tokens can be taken from held ones."""
         n_tokens = min(common_prefix(held, prompt), len(prompt) - 1)
@@ -157,7 +216,9 @@ class Conversations:
     def _load(self, match: Match, seq_id: int) -> bool:
         """Take a saved conversation in; whether that was possible."""
         cache, session = self._context.cache, match.session
-        self._memory.make_room(len(session.tokens), keeping=session)
+        if session.state is None:
+            return False
+        self._make_room(len(session.tokens), session)
         try:
             if not cache.load_sequence(session.state, seq_id):
                 return False
@@ -165,6 +226,7 @@ class Conversations:
             return False
         if len(session.tokens) > match.n_tokens:
             cache.seq_rm(seq_id, match.n_tokens, -1)
+        session.n_reads = 0
         if 2 * match.n_tokens >= len(session.tokens):  # the answer goes on from it
             self._sessions.remove(session)
         return True
@@ -178,11 +240,11 @@ class Conversations:
             except (KvpsiError, OSError) as error:  # it is read anew then
                 log.info("A conversation could not be saved: %s", error)
             self.release(resting.seq_id)
-        self._memory.make_room(0)
+        self._make_room(0, None)
 
     def _save(self, held: Held) -> None:
         """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
         cache, n_tokens = self._context.cache, len(held.tokens)
-        short = cache.allowed_cells < cache.n_cells and self._memory.make_room(n_tokens)
+        short = cache.allowed_cells < cache.n_cells and self._make_room(n_tokens, None)
         if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
             self._sessions.add(Session(held.tokens, cache.save_sequence(held.seq_id), held.pin))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import llama_cpp
@@ -24,16 +24,20 @@ from kvpsi.errors import (
     PromptTooLongError,
     UsageError,
 )
+from kvpsi.governor.ladder import Ladder
 from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
+from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
 from kvpsi.serving.conversations import Conversations, Held
 from kvpsi.serving.memory import CacheMemory
+from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
+from kvpsi.serving.rungs import ParkedConversations, SavedConversations
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
-from kvpsi.serving.sessions import Sessions
+from kvpsi.serving.sessions import Session, Sessions
 from kvpsi.serving.step import Part, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
@@ -45,6 +49,7 @@ Deliver = Callable[[list[tuple[Request, Event]]], None]
 
 _LEAST_SHARED_TOKENS = 32
 _RETRY_S = 0.05
+_LOOK_S = 0.25
 _REFUSED_FOR_S = 30.0
 _PENALTY_TOKENS = 256
 _RECENT_S = 5.0
@@ -97,12 +102,14 @@ class Counters:
     cached_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
+    finished_by: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0})
     failed: int = 0
     cancelled: int = 0
     rejected: int = 0
     pauses: int = 0
     forgotten_tokens: int = 0
     busy_s: float = 0.0
+    prompt_s: float = 0.0
 
 
 class Engine:
@@ -116,6 +123,8 @@ class Engine:
         spare_bytes: memory that could be taken for a while without harm; asked before the context grows.
         on_death: told, by the engine's thread, if it cannot go on.
         thread: in which it works; the one that made the context, or else speed is lost. None: one of its own.
+        spill: where idle conversations are parked; it is closed with the engine. None: they are dropped instead.
+        is_tight: whether memory may soon be too little, so that they are parked in time.
     """
 
     def __init__(
@@ -126,18 +135,28 @@ class Engine:
         spare_bytes: Callable[[], int] = lambda: 0,
         on_death: Callable[[KvpsiError], None] = lambda _: None,
         thread: ComputingThread | None = None,
+        spill: SpillFolder | None = None,
+        is_tight: Callable[[], bool] = lambda: False,
     ) -> None:
         self.context = context
         self.settings = settings or EngineSettings()
         self.sessions = Sessions()
-        self.memory = CacheMemory(context, self.sessions, self._shrink_if_idle)
-        self.conversations = Conversations(context, self.memory)
+        self.parking = Parking(spill, self.sessions, self.ask)
+        self.conversations = Conversations(context, self.sessions, self.parking, self._make_room)
+        self._keeping: Session | None = None
+        self._look_at_s = 0.0
+        rungs = (
+            ParkedConversations(self.sessions, self.parking, self._is_kept),
+            SavedConversations(self.sessions, self.conversations, self._is_kept),
+        )
+        self.memory = CacheMemory(context, self.sessions, Ladder(rungs), self._shrink_if_idle)
         self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
         self.counters = Counters()
         self.running: list[Answer] = []
         self._deliver = deliver or _tell_listeners
         self._spare_bytes = spare_bytes
         self._on_death = on_death
+        self._is_tight = is_tight
         self._events: list[tuple[Request, Event]] = []
         self._paused: dict[Request, Answer] = {}
         self._lock = threading.Lock()
@@ -147,7 +166,7 @@ class Engine:
         self._closing = False
         self._idle = False
         self._refused_since: float | None = None
-        self._was_stopped_at = -1
+        self._was_stopped_at: tuple[int, int, int] | None = None
         self._seeds = np.random.default_rng()
         context.cache.on_forgotten = self._note_forgotten
         self._own_thread: ComputingThread | None = None
@@ -208,6 +227,7 @@ class Engine:
         """End all answers with an error, and the thread; may be called twice. The context stays open."""
         self.end_soon()
         self._ended.result()
+        self.parking.close()
         if self._own_thread is not None:
             self._own_thread.stop()
 
@@ -234,6 +254,7 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
+                self._park()
             except ContextLostError as error:
                 self._closing = True
                 self._on_death(error)
@@ -249,7 +270,7 @@ class Engine:
         """Do what was asked for; wait for it if there is nothing else to do."""
         if not self.running:
             self._idle = True
-            timeout_s = _RETRY_S if len(self.waiting) else None
+            timeout_s = _RETRY_S if len(self.waiting) else _LOOK_S if self.conversations.may_park else None
             try:
                 job = self._jobs.get(timeout=timeout_s)
             except queue.Empty:
@@ -322,7 +343,11 @@ class Engine:
                 shared = common_prefix(other.tokens, prompt)
                 if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
                     return False
-        return not self.running or self.memory.room_cells() >= self._cells_to_begin(request)
+        if self.running and self.memory.room_cells() < self._cells_to_begin(request):
+            return False
+        paused = self._paused.get(request)
+        held = [self._held_by(other) for other in self.running] if self.sessions.n_parked else []
+        return self.conversations.is_ready(paused.tokens if paused else prompt, request.pin, held)
 
     def _cells_to_begin(self, request: Request) -> int:
         """Cells that it takes until its next token is there."""
@@ -413,10 +438,14 @@ class Engine:
         began = time.monotonic()
         outputs = self._fill(parts)
         code = self._decode()
-        self.counters.busy_s += time.monotonic() - began
+        elapsed_s = time.monotonic() - began
+        self.counters.busy_s += elapsed_s
         if code == DECODE_OK:
             self._refused_since = None
             self.counters.decodes += 1
+            if not any(part.sequence.writing for part in parts):
+                self.counters.prompt_s += elapsed_s
+                self.conversations.note_reading(sum(part.n_tokens for part in parts), elapsed_s)
             for part in parts:
                 part.sequence.n_done += part.n_tokens
             for answer, index in outputs:
@@ -424,6 +453,7 @@ class Engine:
             self._recent.append((time.monotonic(), len(outputs)))
             for answer in [a for a in self.running if a.finished]:
                 self.counters.finished += 1
+                self.counters.finished_by[answer.reason or "stop"] += 1
                 with self._lock:
                     self.waiting.drain.note_end()
                 self._end(answer)
@@ -473,14 +503,14 @@ class Engine:
     def _decode(self) -> int:
         cache = self.context.cache
         # what was stopped may be stopped again only if something was given since, or it would never end
-        given = cache.releases + cache.trims + self.sessions.dropped
+        given = (cache.releases, cache.trims, sum(self.memory.ladder.given_bytes.values()))
         stoppable = given != self._was_stopped_at
         try:
             code = cache.decode(self._batch.native, return_when_stopped=stoppable)
         except CacheRefusedError as error:
             self._note_refusal(error)
             return DECODE_ABORTED
-        self._was_stopped_at = given if code == DECODE_ABORTED else -1
+        self._was_stopped_at = given if code == DECODE_ABORTED else None
         return code
 
     def _note_refusal(self, error: CacheRefusedError) -> None:
@@ -546,6 +576,26 @@ class Engine:
         self.conversations.note_forgotten(lost)
         self.counters.forgotten_tokens += lost.n_tokens
 
+    def _make_room(self, n_tokens: int, keeping: Session | None) -> int:
+        self._keeping = keeping
+        try:
+            return self.memory.make_room(n_tokens)
+        finally:
+            self._keeping = None
+
+    def _is_kept(self, session: Session) -> bool:
+        return session is self._keeping
+
+    def _park(self) -> None:
+        """Begin to park a conversation if memory may soon be too little for it."""
+        now = time.monotonic()
+        if now >= self._look_at_s and self.conversations.may_park:
+            self._look_at_s = now + _LOOK_S
+            cache = self.context.cache
+            short = cache.allowed_cells < cache.n_cells or self.memory.missing_cells(cache.allowed_cells // 4) > 0
+            if short or self._is_tight():
+                self.conversations.park_one(is_idle=not self.running, spare_bytes=self._spare_bytes())
+
     def _shrink_if_idle(self) -> int | None:
         """Have memory given if nothing is being answered, and the bytes; None if the engine is busy."""
         if not self._idle:
@@ -558,8 +608,7 @@ class Engine:
     def _shrink(self) -> int:
         """Give what is above the limit: saved conversations, then what rests in the cache, then tokens."""
         before = self.memory.returned_bytes
-        self.memory.make_room(0)
-        if self.memory.missing_cells(0):
+        if self.memory.make_room(0):
             self.conversations.give_resting()
         self.context.cache.give_now()
         return self.memory.returned_bytes - before

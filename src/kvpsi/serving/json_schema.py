@@ -14,6 +14,8 @@ from kvpsi.errors import UsageError
 MOST_REPETITIONS = 3_000
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 _VALUES = ("const", "enum", "default", "examples")
+_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_", r"\s": r" \t\n\r"}
+_PART_OF_A_PATTERN = re.compile(r"\\.|.", re.DOTALL)
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 
@@ -31,11 +33,30 @@ def gbnf_of(schema: Mapping[str, Any]) -> str:
                 f"The JSON schema repeats something {times:.0f} times in all (minLength, maxLength, minItems, maxItems "
                 f"and quantifiers of a pattern); {MOST_REPETITIONS} are the most: make them smaller, or leave them out."
             )
-        return str(json_schema_to_gbnf(json.dumps(schema)))
+        return str(json_schema_to_gbnf(json.dumps(_spelled_out(schema))))
     except UsageError:
         raise
     except Exception as error:  # whatever the converter stumbles over
         raise UsageError(f"The JSON schema cannot be followed: {error}.") from error
+
+
+def _spelled_out(node: Any) -> Any:
+    r"""The same schema with \d, \w and \s in its patterns spelled out, which the converter does not know."""
+    if isinstance(node, Mapping):
+        return {
+            name: _without_classes(value) if name == "pattern" and isinstance(value, str) else _spelled_out(value)
+            for name, value in node.items()
+        }
+    return [_spelled_out(each) for each in node] if isinstance(node, list) else node
+
+
+def _without_classes(pattern: str) -> str:
+    written, inside = [], False
+    for part in _PART_OF_A_PATTERN.findall(pattern):
+        inside = part == "[" or (inside and part != "]")
+        among = _CLASSES.get(part)
+        written.append(part if among is None else among if inside else f"[{among}]")
+    return "".join(written)
 
 
 def _repetitions(node: Any) -> Iterator[float]:

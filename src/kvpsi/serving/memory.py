@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvpsi.governor.ladder import Ladder
 from kvpsi.kv import ElasticCache
 from kvpsi.kv.fixed import FixedCache
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.sessions import Session, Sessions
+from kvpsi.serving.sessions import Sessions
 from kvpsi.status import CacheStatus
 
 
 class CacheMemory:
     """A governor's view of both (see `kvpsi.governor.Governed`), and the engine's way to make room.
 
-    The cheapest goes first: saved conversations, of which the least recently used. What comes after them is the
-    engine's to choose.
+    The cheapest goes first, see `kvpsi.serving.rungs`. What comes after these is the engine's to choose.
 
     Args:
         context: whose cache it is.
         sessions: that lie outside of it.
+        ladder: what gives room beside the cache itself.
         shrink_if_idle: has the engine give what is above the limit, and tells the bytes; None if it is busy.
     """
 
-    def __init__(self, context: ServedContext, sessions: Sessions, shrink_if_idle: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        context: ServedContext,
+        sessions: Sessions,
+        ladder: Ladder,
+        shrink_if_idle: Callable[[], int | None],
+    ) -> None:
         self.sessions = sessions
+        self.ladder = ladder
         self._context = context
-        self.sessions_returned_bytes = 0
         self._shrink_if_idle = shrink_if_idle
 
     @property
@@ -37,7 +44,7 @@ class CacheMemory:
     @property
     def returned_bytes(self) -> int:
         """All that ever went back to the system."""
-        return self.cache.returned_bytes + self.sessions_returned_bytes
+        return self.cache.returned_bytes + sum(self.ladder.given_bytes.values())
 
     # -- for the governor, from any thread -----------------------------------------------------------------------
 
@@ -71,14 +78,8 @@ class CacheMemory:
         saved_cells = -(-self.sessions.n_bytes // self.cache.bytes_per_cell)
         return max(0, self.cache.used_cells + saved_cells + n_tokens - self.cache.allowed_cells)
 
-    def make_room(self, n_tokens: int, keeping: Session | None = None) -> int:
-        """Drop saved conversations until so many cells more can be taken; the cells that are missing all the same.
-
-        ``keeping`` is not dropped.
-        """
-        while missing := self.missing_cells(n_tokens):
-            n_bytes = self.sessions.drop_one(keeping)
-            if not n_bytes:
-                return missing
-            self.sessions_returned_bytes += n_bytes
-        return 0
+    def make_room(self, n_tokens: int) -> int:
+        """Have conversations go until so many cells more can be taken; the cells that are missing all the same."""
+        if missing := self.missing_cells(n_tokens):
+            self.ladder.give(missing * self.cache.bytes_per_cell)
+        return self.missing_cells(n_tokens) if missing else 0

@@ -41,18 +41,41 @@ class StatusCollector(Collector):
     def __init__(self, source: StatusSource) -> None:
         self._source = source
 
+    @staticmethod
+    def _labelled(family: Metric, s: Status, value: float) -> Metric:
+        """vLLM's dashboards choose by the model's name, llama.cpp's know no labels."""
+        named = {"model_name": s.model} if family.name.startswith("vllm:") else {}
+        family.add_sample(family.name + ("_total" if family.type == "counter" else ""), named, value)
+        return family
+
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
         s = self._source()
         for name, text, value in _counters(s):
-            yield CounterMetricFamily(name, text, value=value)
+            yield self._labelled(CounterMetricFamily(name, text), s, value)
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Answers by how they ended.", labels=["model_name", "finished_reason"]
+        )
+        for reason, n_answers in s.finished_by.items():
+            finished.add_metric([s.model, reason], n_answers)
+        yield finished
+        given = CounterMetricFamily(
+            "kvpsi_given_bytes", "Memory of conversations that went, by what was given up.", labels=["rung"]
+        )
+        for rung, n_bytes in s.given_bytes.items():
+            given.add_metric([rung], n_bytes)
+        yield given
         for name, text, value in _gauges(s):
-            yield GaugeMetricFamily(name, text, value=value)
+            yield self._labelled(GaugeMetricFamily(name, text), s, value)
 
 
 def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "llamacpp:prompt_tokens", "Tokens of prompts that were read.", s.prompt_tokens
     yield "llamacpp:tokens_predicted", "Tokens that were generated.", s.generated_tokens
+    yield "llamacpp:prompt_seconds", "Time in decodes that read prompts only.", s.prompt_s
+    yield "llamacpp:tokens_predicted_seconds", "Time in all other decodes.", s.busy_s - s.prompt_s
+    yield "vllm:prompt_tokens", "Tokens of prompts.", s.prompt_tokens + s.cached_tokens
+    yield "vllm:generation_tokens", "Tokens that were generated.", s.generated_tokens
     yield "llamacpp:n_decode", "Calls of llama_decode.", s.decodes
     yield "vllm:num_preemptions", "Answers that were paused for want of memory.", s.pauses
     yield "vllm:prefix_cache_hits", "Tokens of prompts that did not have to be read again.", s.cached_tokens
@@ -67,12 +90,20 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
     yield "kvpsi_forgotten_tokens", "Tokens that were forgotten.", s.forgotten_tokens
     yield "kvpsi_sessions_dropped", "Saved conversations that were dropped.", s.sessions_dropped
+    yield "kvpsi_sessions_parked", "Conversations that were written to a file.", s.parked
+    yield "kvpsi_sessions_restored", "Parked conversations that were read from their file again.", s.restored
+    yield (
+        "kvpsi_parking_failures",
+        "Files of parked conversations that could not be written or read.",
+        s.parking_failures,
+    )
     yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
 
 
 def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "llamacpp:requests_processing", "Answers that are being generated.", s.running
     yield "llamacpp:requests_deferred", "Requests that wait.", s.waiting
+    yield "llamacpp:prompt_tokens_seconds", "Tokens of prompts read in a second.", s.prompt_tokens_per_second
     yield "llamacpp:predicted_tokens_seconds", "Tokens a second just now.", s.tokens_per_second
     yield "vllm:num_requests_running", "Answers that are being generated.", s.running
     yield "vllm:num_requests_waiting", "Requests that wait.", s.waiting
@@ -83,6 +114,9 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
     yield "kvpsi_sessions", "Saved conversations.", s.sessions
     yield "kvpsi_sessions_bytes", "Memory of saved conversations.", s.sessions_bytes
+    yield "kvpsi_parked_sessions", "Conversations that are in a file only.", s.sessions_parked
+    yield "kvpsi_parked_bytes", "Files of these.", s.parked_bytes
+    yield "kvpsi_spilled_bytes", "All files, also of conversations that are in memory as well.", s.spilled_bytes
     yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
     yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
     yield "kvpsi_cpu_pressure", "Share of the last tick in which something waited for a processor.", s.cpu_pressure

@@ -197,4 +197,7 @@ def _grammar(model: LlamaModel, text: str) -> LlamaSampler:
             llama_cpp.llama_sampler_chain_add(sampler.sampler, native)
             return sampler
     sampler.close()
-    raise UsageError("The grammar is not valid GBNF; it needs a rule called root.")
+    raise UsageError(
+        "The grammar, or what the JSON schema was turned into, cannot be followed; a grammar has to be valid GBNF with "
+        "a rule called root and without left recursion. The server's log says more."
+    )

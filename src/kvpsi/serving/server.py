@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import llama_cpp
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kvpsi.engines.loading import LoadSettings, preview
 from kvpsi.engines.sensing import best_sensing
@@ -20,6 +24,7 @@ from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
 from kvpsi.governor import LawSettings
 from kvpsi.instrument import Instrument, Instruments
 from kvpsi.kv import CacheSettings
+from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure import open_source
 from kvpsi.serving.api.app import make_app
 from kvpsi.serving.chat import ChatTemplate
@@ -27,6 +32,7 @@ from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import EngineSettings
 from kvpsi.serving.history import Events
 from kvpsi.serving.metrics import Latencies, StatusCollector
+from kvpsi.serving.parking import open_folder
 from kvpsi.serving.service import ModelName, Service
 from kvpsi.serving.size import fitting_cells, wanted_cells
 from kvpsi.serving.thread import ComputingThread
@@ -48,9 +54,13 @@ class ServerSettings:
         law: constants of the control law.
         cache_limit: most of the cache to use, a share.
         api_keys: any of them opens it; none: everybody may come in.
+        allow_origins: of pages elsewhere whose scripts may ask.
+        log_requests: whether a line is told for each request.
         chat_template: Jinja2, instead of the model's own.
         queue_timeout_s: how long a request may wait before it is begun.
         most_body_bytes: the largest request.
+        spill_dir: where idle conversations are parked when memory gets short; None: beside the models.
+        spill_max_bytes: the most that they may take there; 0: none is parked.
         govern: whether memory is given back when others need it.
         unified: whether all answers share all cells of the cache; else each has an equal part to itself.
     """
@@ -65,9 +75,13 @@ class ServerSettings:
     law: LawSettings = field(default_factory=LawSettings)
     cache_limit: float = 1.0
     api_keys: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    log_requests: bool = False
     chat_template: str | None = None
     queue_timeout_s: float = 60.0
     most_body_bytes: int = 8 << 20
+    spill_dir: Path | None = None
+    spill_max_bytes: int = 4 << 30
     govern: bool = True
     unified: bool = True
 
@@ -82,6 +96,12 @@ class ServerSettings:
 
 class _Uvicorn(uvicorn.Server):
     """Has all answers end with an error that clients can read, before it waits for them to end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End; at the second Ctrl-C without waiting for anything, of which uvicorn would print where it stood."""
+        if self.should_exit:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         service = getattr(getattr(self.config.app, "state", None), "service", None)
@@ -108,10 +128,13 @@ class Server:
         self._instrument = Instruments([self._events] if instrument is None else [self._events, instrument])
         self._failure: BaseException | None = None
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self.app = make_app(
             registry=self._registry,
             api_keys=settings.api_keys,
             most_body_bytes=settings.most_body_bytes,
+            allow_origins=settings.allow_origins,
+            say=say if settings.log_requests else None,
             lifespan=self._lifespan,
         )
         self._uvicorn = _Uvicorn(
@@ -134,7 +157,11 @@ class Server:
         with contextlib.closing(listener):
             host, port = listener.getsockname()[:2]
             self.address = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
-            self._uvicorn.run([listener])
+            try:
+                self._uvicorn.run([listener])
+            except SystemExit as end:  # SIGTERM is how servers are ended; all was done in order by now
+                if end.code != 128 + signal.SIGTERM:
+                    raise
         if self._failure is not None:
             raise self._failure
 
@@ -166,6 +193,9 @@ class Server:
 
     async def _load(self, app: FastAPI, stack: contextlib.ExitStack) -> None:
         try:
+            spill = await asyncio.to_thread(self._open_spill_folder) if self.settings.govern else None
+            if spill is not None:
+                stack.callback(spill.close)
             thread = ComputingThread()
             stack.callback(thread.stop)
             context, chat = await asyncio.wrap_future(thread.call(self._open, stack))
@@ -180,6 +210,7 @@ class Server:
                 events=self._events,
                 on_death=self._die,
                 thread=thread,
+                spill=spill,
             )
             stack.callback(service.close)
             if context.cache.mode == "pages":
@@ -189,18 +220,27 @@ class Server:
             self._registry.register(StatusCollector(service.status))
             app.state.service = service
         except Exception as error:  # the process ends with it
-            self._failure = error
-            self._uvicorn.should_exit = True
+            if not self._uvicorn.should_exit:
+                self._failure = error
+                self._uvicorn.should_exit = True
         else:
+            if self._uvicorn.should_exit:
+                return
             self._say(
-                f"{name.alias} is served at {self.address}/v1 ({context.n_ctx} tokens of context, "
-                f"{s.engine.parallel} answers at once); status page and chat: {self.address}/"
+                f"{name.alias} is served at {self.address}/v1 (a cache of {context.wanted_cells} tokens, "
+                f"{context.n_ctx} at most in one conversation, {s.engine.parallel} answers at once); status page and "
+                f"chat: {self.address}/"
             )
             key = " -H 'Authorization: Bearer KEY'" if s.api_keys else ""
             self._say(
                 f"try: curl {self.address}/v1/chat/completions -H 'Content-Type: application/json'{key} "
                 """-d '{"messages": [{"role": "user", "content": "Name a colour."}]}'"""
             )
+
+    def _open_spill_folder(self) -> SpillFolder | None:
+        s = self.settings
+        fingerprint = f"{s.model.name} {s.model.stat().st_size} {s.load.kv_type} {llama_cpp.__version__}"
+        return open_folder(s.spill_dir, s.spill_max_bytes, fingerprint, self._say)
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[ServedContext, ChatTemplate]:
         s = self.settings
@@ -218,7 +258,15 @@ class Server:
             cache_limit=s.cache_limit,
             elastic=s.govern,
         )
-        context = stack.enter_context(open_context(s.model, plan, n_cells, instrument=self._instrument))
+        context = stack.enter_context(
+            open_context(
+                s.model,
+                plan,
+                n_cells,
+                instrument=self._instrument,
+                is_wanted=lambda: not self._uvicorn.should_exit,
+            )
+        )
         metadata: dict[str, Any] = dict(known.metadata)
         chat = ChatTemplate(
             s.chat_template or metadata.get("tokenizer.chat_template"),

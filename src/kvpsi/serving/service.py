@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from kvpsi.errors import KvpsiError
 from kvpsi.governor import Governor
+from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ServedContext
@@ -49,6 +50,7 @@ class Service:
         events: hear what the cache does; the governor tells them as well.
         on_death: told if no more can be answered.
         thread: that made the context; see `Engine`.
+        spill: where idle conversations are parked.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Service:
         events: Events | None = None,
         on_death: Callable[[KvpsiError], None] = lambda _: None,
         thread: ComputingThread | None = None,
+        spill: SpillFolder | None = None,
     ) -> None:
         self.context, self.chat, self.name = context, chat, name
         self.started_s = time.time()
@@ -70,7 +73,9 @@ class Service:
         self.governor: Governor | None = None
         self.latencies: Latencies | None = None
         self.events = events or Events()
-        self.engine = Engine(context, settings, self._deliver, self._spare_bytes, on_death, thread)
+        self.engine = Engine(
+            context, settings, self._deliver, self._spare_bytes, on_death, thread, spill, self._is_tight
+        )
         try:
             self.history = History(self.status)
         except BaseException:
@@ -104,6 +109,13 @@ class Service:
             sessions=len(engine.sessions),
             sessions_bytes=engine.sessions.n_bytes,
             sessions_dropped=engine.sessions.dropped,
+            sessions_parked=engine.sessions.n_parked,
+            parked_bytes=engine.sessions.parked_bytes,
+            spilled_bytes=engine.parking.n_bytes,
+            parked=engine.parking.written,
+            restored=engine.parking.read_again,
+            parking_failures=engine.parking.failures,
+            given_bytes=dict(engine.memory.ladder.given_bytes),
             capacity_bytes=sizes.capacity_bytes,
             used_bytes=sizes.used_bytes,
             committed_bytes=cache.committed_cells * cache.bytes_per_cell,
@@ -124,7 +136,11 @@ class Service:
             cached_tokens=counters.cached_tokens,
             generated_tokens=counters.generated_tokens,
             tokens_per_second=engine.tokens_per_second(),
+            prompt_tokens_per_second=1 / engine.conversations.recompute_s(1),
+            busy_s=counters.busy_s,
+            prompt_s=counters.prompt_s,
             finished=counters.finished,
+            finished_by=dict(counters.finished_by),
             failed=counters.failed,
             cancelled=counters.cancelled,
             rejected=counters.rejected,
@@ -140,6 +156,15 @@ class Service:
         if self.governor is None or reading is None:
             return 0
         return reading.headroom.available_bytes - self.governor.settings.low_for(reading.headroom.limit_bytes)
+
+    def _is_tight(self) -> bool:
+        """Whether headroom is below twice that at which the cache stops to grow."""
+        governor = self.governor
+        reading = governor.reading if governor else None
+        if governor is None or reading is None:
+            return False
+        room = reading.headroom
+        return room.available_bytes < 2 * governor.settings.high_for(room.limit_bytes)
 
     def _deliver(self, events: list[tuple[Request, Event]]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more

@@ -27,7 +27,8 @@ def fitting_cells(known: Preview, load: LoadSettings, room: Headroom, law: LawSe
     spare = max(0, room.available_bytes - law.low_for(room.limit_bytes))
     fits = spare // per_cell // _STEP_CELLS * _STEP_CELLS
     if fits >= wanted:
-        return wanted, None
+        raised = f"the cache has room for {wanted} tokens, the next multiple of {_STEP_CELLS} above -c {load.n_ctx}"
+        return wanted, raised if 0 < load.n_ctx < wanted else None
     if fits < _LEAST_CELLS:
         raise EnvironmentProblem(
             f"A cache of {_LEAST_CELLS} tokens takes {format_bytes(_LEAST_CELLS * per_cell)}, but only "

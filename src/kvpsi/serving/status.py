@@ -20,6 +20,13 @@ class Status:
     sessions: int
     sessions_bytes: int
     sessions_dropped: int
+    sessions_parked: int
+    parked_bytes: int
+    spilled_bytes: int
+    parked: int
+    restored: int
+    parking_failures: int
+    given_bytes: dict[str, int]
     capacity_bytes: int
     used_bytes: int
     committed_bytes: int
@@ -40,7 +47,11 @@ class Status:
     cached_tokens: int
     generated_tokens: int
     tokens_per_second: float
+    prompt_tokens_per_second: float
+    busy_s: float
+    prompt_s: float
     finished: int
+    finished_by: dict[str, int]
     failed: int
     cancelled: int
     rejected: int

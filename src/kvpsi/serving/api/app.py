@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from kvpsi import __version__
 from kvpsi.serving.api import chat, completions, embeddings, errors, health, models, page, tokens
 from kvpsi.serving.api.guard import Guard
+from kvpsi.serving.api.log import RequestLog
 
 _MOST_BODY_BYTES = 8 << 20
 
@@ -20,6 +22,8 @@ def make_app(
     registry: CollectorRegistry,
     api_keys: Sequence[str] = (),
     most_body_bytes: int = _MOST_BODY_BYTES,
+    allow_origins: Sequence[str] = (),
+    say: Callable[[str], None] | None = None,
     lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """The application. It answers once somebody sets ``app.state.service``.
@@ -28,6 +32,8 @@ def make_app(
         registry: of the metrics.
         api_keys: any of them opens it; none: no key is needed.
         most_body_bytes: the largest request.
+        allow_origins: of pages elsewhere whose scripts may ask.
+        say: takes a line for each request.
         lifespan: loads the model and closes it.
     """
     app = FastAPI(
@@ -35,6 +41,8 @@ def make_app(
         version=__version__,
         description="A local LLM behind OpenAI's API, whose memory shrinks when others need it.",
         lifespan=lifespan,
+        docs_url=None,  # they would be fetched from elsewhere
+        redoc_url=None,
     )
     app.add_middleware(
         Guard,
@@ -42,6 +50,9 @@ def make_app(
         most_body_bytes=most_body_bytes,
         is_loaded=lambda: app.state.service is not None,
     )
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestLog, say=say)
     app.state.registry = registry
     app.state.service = None
     errors.install(app)

@@ -85,11 +85,13 @@ def install(app: FastAPI) -> None:
         return response_to(error)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def on_invalid(http: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", "it ends too early")
             return response_to(ApiError(400, f"The body is not valid JSON: {reason}."))
+        if "json" not in http.headers.get("content-type", "") and http.method == "POST":
+            return response_to(ApiError(400, "The body is not JSON; send it with Content-Type: application/json."))
         where = ".".join(str(part) for part in first["loc"] if part != "body") or None
         message = f"{first['msg']} (in {where})." if where else f"The body is not valid: {first['msg']}."
         return response_to(ApiError(400, message, param=where))

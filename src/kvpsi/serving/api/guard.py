@@ -12,7 +12,7 @@ from kvpsi.serving.api.errors import ApiError, response_to
 
 _OPEN = ("/health", "/v1/health", "/ready", "/metrics", "/", "/favicon.ico")
 _PAGE = "/page/"
-_NEED_NO_MODEL = (*_OPEN, "/docs", "/redoc", "/openapi.json")
+_NEED_NO_MODEL = (*_OPEN, "/openapi.json")
 
 
 class Guard:

@@ -15,6 +15,7 @@ router = APIRouter(tags=["operation"])
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 @router.get("/v1/health", include_in_schema=False)
 async def health(http: Request) -> Response:
     """Whether the process is alive; 503 while the model is being loaded."""
@@ -25,6 +26,7 @@ async def health(http: Request) -> Response:
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)
 async def ready(http: Request) -> Response:
     """Whether a request would be taken now: loaded, and the queue has room."""
     service = getattr(http.app.state, "service", None)

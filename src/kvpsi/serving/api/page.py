@@ -17,6 +17,7 @@ _A_DAY = {"Cache-Control": "public, max-age=86400"}
 
 
 @router.get("/")
+@router.head("/")
 async def index() -> Response:
     """The page itself."""
     return FileResponse(_FOLDER / "index.html", media_type="text/html; charset=utf-8")

@@ -16,7 +16,7 @@ _MOST_STOPS = 16
 Temperature = Annotated[float | None, Field(ge=0, le=5)]
 Share = Annotated[float | None, Field(ge=0, le=1)]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
-Count = Annotated[int | None, Field(ge=1, le=1 << 20)]
+Count = Annotated[int | None, Field(ge=1, lt=1 << 31)]
 Stops = Annotated[list[str], Field(max_length=_MOST_STOPS)]
 
 
@@ -95,7 +95,7 @@ class _Sampled(BaseModel):
     temperature: Temperature = None
     top_p: Share = None
     min_p: Share = None
-    top_k: Annotated[int | None, Field(ge=0, le=1 << 20)] = None
+    top_k: Annotated[int | None, Field(ge=-1, lt=1 << 31, description="0 and -1: all tokens.")] = None
     repeat_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
@@ -128,7 +128,7 @@ class _Sampled(BaseModel):
 
         return SamplingSettings(
             temperature=given("temperature"),
-            top_k=given("top_k"),
+            top_k=max(0, given("top_k")),
             top_p=given("top_p"),
             min_p=given("min_p"),
             repeat_penalty=given("repeat_penalty"),

@@ -13,6 +13,7 @@ function headers() {
 async function askForKey() {
   const dialog = byId("login");
   if (dialog.open) return;
+  byId("wrong").hidden = !sessionStorage.getItem("kvpsi-key");
   dialog.showModal();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
   sessionStorage.setItem("kvpsi-key", byId("key").value);
@@ -48,10 +49,14 @@ function show(status, series, events) {
   state.className = status.governed ? "" : "bad";
   byId("memory_pressure").textContent = `${(100 * status.memory_pressure).toFixed(1)} %`;
   byId("headroom").textContent = size(status.headroom_bytes);
-  byId("resident").textContent = `${size(status.resident_bytes)} of ${size(status.capacity_bytes)}`;
+  const cache = status.resident_bytes, saved = status.sessions_bytes, parked = status.sessions_parked;
+  byId("memory").textContent = `${size(cache + saved)} of ${size(status.capacity_bytes)}`;
+  byId("parts").textContent = `memory of conversations (cache ${size(cache)}, saved ${size(saved)})`;
   byId("speed").textContent = status.tokens_per_second.toFixed(1);
   byId("requests").textContent = `${status.running} / ${status.waiting}`;
-  byId("sessions").textContent = `${status.sessions} (${size(status.sessions_bytes)})`;
+  byId("sessions").textContent = `${status.sessions - parked} (${size(saved)})`;
+  const files = parked ? `, parked ${parked} (${size(status.parked_bytes)} on disk)` : "";
+  byId("parked").textContent = `saved conversations${files}`;
   const x = series.time_s.map((t) => new Date(1000 * t));
   const scaled = (name, by) => series[name].map((v) => v * by);
   const most = Math.max(5, ...scaled("memory_pressure", 100), ...scaled("cpu_pressure", 100));
@@ -59,15 +64,15 @@ function show(status, series, events) {
     line("memory", x, scaled("memory_pressure", 100)), line("processors", x, scaled("cpu_pressure", 100)),
   ], most);
   draw("chart-memory", [
-    line("resident", x, scaled("resident_bytes", 1 / MIB)), line("limit", x, scaled("limit_bytes", 1 / MIB)),
+    line("cache", x, scaled("resident_bytes", 1 / MIB)), line("limit", x, scaled("limit_bytes", 1 / MIB)),
     line("saved", x, scaled("sessions_bytes", 1 / MIB)),
   ]);
   draw("chart-headroom", [line("headroom", x, scaled("headroom_bytes", 1 / MIB))]);
   draw("chart-speed", [line("tokens a second", x, series.tokens_per_second)]);
-  draw("chart-requests", [line("answered", x, series.running), line("waiting", x, series.waiting)]);
+  draw("chart-requests", [line("answering", x, series.running), line("waiting", x, series.waiting)]);
   byId("events").replaceChildren(...events.slice().reverse().map((event) => {
     const item = document.createElement("li"), when = document.createElement("time");
-    when.textContent = new Date(1000 * event.time_s).toLocaleTimeString();
+    when.textContent = new Date(1000 * event.time_s).toLocaleTimeString("en-GB");
     item.append(when, event.times > 1 ? `${event.text} (${event.times} times)` : event.text);
     return item;
   }));

@@ -1,0 +1,175 @@
+"""Idle conversations in files: what comes back goes on in the same words, and what is lost there is read again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvpsi.errors import SpillError
+from kvpsi.kv.spill import SpillFolder
+from kvpsi.serving.context import ServedContext
+from kvpsi.serving.engine import Engine, EngineSettings
+from serving.test_engine import STORY, ask, opened
+
+pytestmark = pytest.mark.engine
+MIB = 1 << 20
+LONG = STORY * 24
+
+
+@pytest.fixture(scope="module")
+def context(default_model: Path) -> Iterator[ServedContext]:
+    with opened(default_model) as context:
+        yield context
+
+
+@contextlib.contextmanager
+def parking(context: ServedContext, folder: Path, most_bytes: int = 1 << 30) -> Iterator[Engine]:
+    """An engine that thinks that memory may soon be too little, though there is room enough for one conversation."""
+    spill = SpillFolder(folder, most_bytes=most_bytes, fingerprint=b"test")
+    engine = Engine(
+        context, EngineSettings(parallel=4), spare_bytes=lambda: 1 << 30, spill=spill, is_tight=lambda: True
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+        context.cache.set_limit(context.cache.capacity_bytes, None)
+        context.cache.clear()
+        assert not list(folder.glob("parked-*"))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def park(engine: Engine) -> tuple[list[int], str]:
+    """A conversation that is in a file only; its prompt, and the answer."""
+    first = ask(engine, LONG, max_tokens=12)
+    text, _ = first.finished()
+    wait_for(lambda: engine.parking.written == 1)
+    cache = engine.context.cache
+    cache.set_limit(0, None)
+    assert (engine.memory.give_now() or 0) > 0
+    cache.set_limit(cache.capacity_bytes, None)
+    assert engine.sessions.n_parked == 1 and engine.sessions.n_bytes == 0
+    return list(first.request.prompt), text
+
+
+def test_what_was_parked_goes_on_in_the_same_words(context: ServedContext, tmp_path: Path) -> None:
+    with parking(context, tmp_path) as engine:
+        prompt, text = park(engine)
+        given = engine.memory.ladder.given_bytes
+        assert given["parked"] >= len(prompt) * context.cache.bytes_per_cell and given["dropped"] == 0
+        again, end = ask(engine, prompt, max_tokens=12).finished()
+        assert again == text and end.cached_tokens == len(prompt) - 1
+        assert engine.parking.read_again == 1 and engine.parking.failures == 0
+        wait_for(lambda: engine.parking.written == 2)  # it rests, and is parked again
+        assert engine.parking.n_bytes < 1.2 * (len(prompt) + 12) * context.cache.bytes_per_cell, "the old file is gone"
+        assert context.cache.trusted
+
+
+def test_keys_and_values_are_the_same_to_the_last_bit(context: ServedContext, tmp_path: Path) -> None:
+    with parking(context, tmp_path) as engine:
+        prompt = list(ask(engine, LONG, max_tokens=2).request.prompt)
+        wait_for(lambda: engine.parking.written == 1)
+        (session,) = engine.sessions
+        assert session.state is not None
+        before = bytes(session.state)
+        engine.ask(lambda: engine.sessions.unload(session)).result()
+        engine.ask(lambda: engine.parking.read(session)).result()
+        wait_for(lambda: session.state is not None)
+        assert bytes(session.state) == before
+        assert len(before) > len(prompt) * context.cache.bytes_per_cell
+
+
+@pytest.mark.parametrize("harm", ["damaged", "cut short", "gone"])
+def test_a_file_that_is_not_as_it_was_means_reading_again(
+    context: ServedContext, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with parking(context, tmp_path) as engine, caplog.at_level(logging.WARNING, "kvpsi"):
+        prompt, text = park(engine)
+        (path,) = tmp_path.glob("parked-*/*.state")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        if harm == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content if harm == "damaged" else content[:-100])
+        again, end = ask(engine, prompt, max_tokens=12).finished()
+        assert again == text and end.cached_tokens == 0
+        assert engine.parking.failures == 1 and "lost" in caplog.text
+        assert ask(engine, STORY, max_tokens=4).finished()[0]
+
+
+def test_a_disk_that_is_full_costs_nothing_but_time(
+    context: ServedContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with parking(context, tmp_path) as engine, caplog.at_level(logging.WARNING, "kvpsi"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, before[1]))  # the kernel refuses to write on
+        try:
+            first = ask(engine, LONG, max_tokens=12)
+            text, _ = first.finished()
+            wait_for(lambda: engine.parking.failures == 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "could not be written" in caplog.text and not list(tmp_path.glob("parked-*/*.state"))
+        engine.context.cache.set_limit(0, None)
+        engine.memory.give_now()
+        engine.context.cache.set_limit(context.cache.capacity_bytes, None)
+        assert len(engine.sessions) == 0 and engine.memory.ladder.given_bytes["dropped"] > 0
+        assert ask(engine, list(first.request.prompt), max_tokens=12).finished()[0] == text
+        assert engine.parking.written == 0
+
+
+def test_the_oldest_file_makes_room_for_the_next(context: ServedContext, tmp_path: Path) -> None:
+    most_bytes = int(1.5 * 560 * context.cache.bytes_per_cell)
+    with parking(context, tmp_path, most_bytes) as engine:
+        for number, word in enumerate(("Seven", "Blue", "Iron"), start=1):
+            ask(engine, f"{word}. {LONG}", max_tokens=2).finished()
+            wait_for(lambda number=number: engine.parking.written == number)  # type: ignore[misc]
+        wait_for(lambda: len(list(tmp_path.glob("parked-*/*.state"))) == 1)
+        assert engine.parking.failures == 0 and 0 < engine.parking.n_bytes <= most_bytes
+
+
+def test_who_is_given_up_while_it_is_written_leaves_no_file(context: ServedContext, tmp_path: Path) -> None:
+    with parking(context, tmp_path) as engine:
+        for word in ("Seven", "Blue", "Iron", "Rain"):
+            ask(engine, f"{word}. {LONG}", max_tokens=2).finished()
+            engine.ask(engine.sessions.clear).result()
+        wait_for(lambda: engine.parking.may_write)
+        engine.ask(engine.sessions.clear).result()
+        wait_for(lambda: not list(tmp_path.glob("parked-*/*.state")) and engine.parking.n_bytes == 0)
+
+
+def test_nothing_is_parked_while_there_is_memory_enough(context: ServedContext, tmp_path: Path) -> None:
+    spill = SpillFolder(tmp_path, most_bytes=1 << 30, fingerprint=b"test")
+    engine = Engine(context, EngineSettings(parallel=4), spill=spill)
+    try:
+        for word in ("Seven", "Blue"):
+            ask(engine, f"{word} {STORY}", max_tokens=2).finished()
+        assert len(engine.sessions) == 1 and engine.parking.written == 0
+        assert not list(tmp_path.glob("parked-*/*.state"))
+    finally:
+        engine.close()
+        context.cache.clear()
+
+
+def test_reading_from_a_slow_disk_is_not_worth_it(context: ServedContext, tmp_path: Path) -> None:
+    with parking(context, tmp_path) as engine:
+        assert engine.parking.is_worth_it(1 << 20, recompute_s=1.0)
+        assert not engine.parking.is_worth_it(1 << 30, recompute_s=1.0)
+
+
+def test_memory_is_no_folder() -> None:
+    with pytest.raises(SpillError):
+        SpillFolder(Path("/proc/parked"), most_bytes=MIB, fingerprint=b"test")
