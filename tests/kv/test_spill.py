@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Iterator[SpillFolder]:
     spill = SpillFolder(tmp_path / "parked", most_bytes=64 * MIB, fingerprint=MODEL)
     yield spill
     spill.close()
-    assert not list((tmp_path / "parked").glob("parked-*"))
+    assert not list((tmp_path / "parked").rglob("parked-*"))
 
 
 @pytest.mark.parametrize("n_bytes", [1, 4 * MIB, 9 * MIB + 1])
@@ -84,13 +84,13 @@ def _flip_in_the_digest(path: Path) -> None:
 
 
 def _replace_by_another(path: Path) -> None:
-    other = SpillFolder(path.parent.parent, most_bytes=MIB, fingerprint=MODEL)
+    other = SpillFolder(path.parent.parent.parent, most_bytes=MIB, fingerprint=MODEL)
     path.write_bytes(other.write(b"y" * 5000).path.read_bytes())
     other.close()
 
 
 def _replace_by_another_models(path: Path) -> None:
-    other = SpillFolder(path.parent.parent, most_bytes=MIB, fingerprint=b"model two")
+    other = SpillFolder(path.parent.parent.parent, most_bytes=MIB, fingerprint=b"model two")
     path.write_bytes(other.write(b"x" * 5000).path.read_bytes())
     other.close()
 
@@ -150,6 +150,13 @@ def test_memory_is_no_place_for_what_must_leave_memory() -> None:
     Path("/dev/shm/kvpsi-test").rmdir()
 
 
+def test_a_folder_of_somebody_elses_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"user-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SpillError, match="somebody else's"):
+        SpillFolder(tmp_path, most_bytes=MIB, fingerprint=MODEL)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(SpillError, match="--spill-dir"):
@@ -170,7 +177,9 @@ while True:
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     alive = SpillFolder(tmp_path, most_bytes=MIB, fingerprint=MODEL)
     spilled = alive.write(b"mine")
-    (tmp_path / "parked-notes.txt").write_text("somebody's own file")
+    photos = spilled.path.parent.parent / "parked-photos"
+    photos.mkdir()
+    (photos / "holiday.jpg").write_text("somebody's own file")
     child = subprocess.Popen([sys.executable, "-c", _WRITES_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     assert len(_folders(tmp_path)) == 2
@@ -183,12 +192,25 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     with alive.read(spilled) as state:
         assert bytes(state) == b"mine"
     alive.close()
-    assert (tmp_path / "parked-notes.txt").exists()
+    assert (photos / "holiday.jpg").exists()
 
 
 def _folders(path: Path) -> list[Path]:
-    return [p for p in path.glob("parked-*") if p.is_dir()]
+    return [p for p in path.rglob("parked-*") if (p / ".lock").exists()]
 
 
-def test_a_disk_is_not_spared(tmp_path: Path) -> None:
-    assert not is_spared(tmp_path / "is not there")
+@pytest.mark.parametrize(
+    ("device", "spared"),
+    [("/dev/mmcblk0p2", True), ("/dev/sda1", False), ("/dev/mapper/root", True), ("overlay", True), ("host:/x", True)],
+)
+def test_what_wears_out_is_spared(device: str, spared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = tmp_path / "devices"
+    for name in ("sda/sda1", "mmcblk0/mmcblk0p2", "dm-0/slaves"):
+        (disks / name).mkdir(parents=True)
+    (disks / "dm-0/slaves/mmcblk0p2").symlink_to(disks / "mmcblk0/mmcblk0p2")
+    blocks = tmp_path / "block"
+    blocks.mkdir()
+    for name, disk in (("sda1", "sda/sda1"), ("mmcblk0p2", "mmcblk0/mmcblk0p2"), ("root", "dm-0")):
+        (blocks / name).symlink_to(disks / disk)
+    monkeypatch.setattr("kvpsi.kv.spill._mount_of", lambda _: ("ext4", device))
+    assert is_spared(tmp_path, blocks) is spared

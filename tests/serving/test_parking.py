@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kvpsi.errors import SpillError
-from kvpsi.kv.spill import SpillFolder
+from kvpsi.kv.spill import Spilled, SpillFolder
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.engine import Engine, EngineSettings
 from serving.test_engine import STORY, ask, opened
@@ -32,16 +33,15 @@ def context(default_model: Path) -> Iterator[ServedContext]:
 def parking(context: ServedContext, folder: Path, most_bytes: int = 1 << 30) -> Iterator[Engine]:
     """An engine that thinks that memory may soon be too little, though there is room enough for one conversation."""
     spill = SpillFolder(folder, most_bytes=most_bytes, fingerprint=b"test")
-    engine = Engine(
-        context, EngineSettings(parallel=4), spare_bytes=lambda: 1 << 30, spill=spill, is_tight=lambda: True
-    )
+    settings = EngineSettings(parallel=4, least_idle_s=0.0)
+    engine = Engine(context, settings, spare_bytes=lambda: 1 << 30, spill=spill, is_tight=lambda: True)
     try:
         yield engine
     finally:
         engine.close()
         context.cache.set_limit(context.cache.capacity_bytes, None)
         context.cache.clear()
-        assert not list(folder.glob("parked-*"))
+        assert not list(folder.rglob("parked-*"))
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -97,7 +97,7 @@ def test_a_file_that_is_not_as_it_was_means_reading_again(
 ) -> None:
     with parking(context, tmp_path) as engine, caplog.at_level(logging.WARNING, "kvpsi"):
         prompt, text = park(engine)
-        (path,) = tmp_path.glob("parked-*/*.state")
+        (path,) = tmp_path.rglob("*.state")
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 16
         if harm == "gone":
@@ -122,7 +122,7 @@ def test_a_disk_that_is_full_costs_nothing_but_time(
             wait_for(lambda: engine.parking.failures == 1)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert "could not be written" in caplog.text and not list(tmp_path.glob("parked-*/*.state"))
+        assert "could not be written" in caplog.text and not list(tmp_path.rglob("*.state"))
         engine.context.cache.set_limit(0, None)
         engine.memory.give_now()
         engine.context.cache.set_limit(context.cache.capacity_bytes, None)
@@ -137,28 +137,38 @@ def test_the_oldest_file_makes_room_for_the_next(context: ServedContext, tmp_pat
         for number, word in enumerate(("Seven", "Blue", "Iron"), start=1):
             ask(engine, f"{word}. {LONG}", max_tokens=2).finished()
             wait_for(lambda number=number: engine.parking.written == number)  # type: ignore[misc]
-        wait_for(lambda: len(list(tmp_path.glob("parked-*/*.state"))) == 1)
+        wait_for(lambda: len(list(tmp_path.rglob("*.state"))) == 1)
         assert engine.parking.failures == 0 and 0 < engine.parking.n_bytes <= most_bytes
 
 
-def test_who_is_given_up_while_it_is_written_leaves_no_file(context: ServedContext, tmp_path: Path) -> None:
+def test_who_is_given_up_while_it_is_written_leaves_no_file(
+    context: ServedContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, begun = SpillFolder.write, threading.Event()
+
+    def write_slowly(folder: SpillFolder, state: mmap.mmap) -> Spilled:
+        begun.set()
+        time.sleep(0.3)
+        return write(folder, state)
+
+    monkeypatch.setattr(SpillFolder, "write", write_slowly)
     with parking(context, tmp_path) as engine:
-        for word in ("Seven", "Blue", "Iron", "Rain"):
-            ask(engine, f"{word}. {LONG}", max_tokens=2).finished()
-            engine.ask(engine.sessions.clear).result()
-        wait_for(lambda: engine.parking.may_write)
+        ask(engine, LONG, max_tokens=2).finished()
+        assert begun.wait(30)
         engine.ask(engine.sessions.clear).result()
-        wait_for(lambda: not list(tmp_path.glob("parked-*/*.state")) and engine.parking.n_bytes == 0)
+        wait_for(lambda: engine.parking.written == 1)
+        wait_for(lambda: not list(tmp_path.rglob("*.state")) and engine.parking.n_bytes == 0)
 
 
 def test_nothing_is_parked_while_there_is_memory_enough(context: ServedContext, tmp_path: Path) -> None:
     spill = SpillFolder(tmp_path, most_bytes=1 << 30, fingerprint=b"test")
-    engine = Engine(context, EngineSettings(parallel=4), spill=spill)
+    engine = Engine(context, EngineSettings(parallel=4, least_idle_s=0.0), spill=spill)
     try:
         for word in ("Seven", "Blue"):
             ask(engine, f"{word} {STORY}", max_tokens=2).finished()
+        time.sleep(0.6)  # it looks four times a second
         assert len(engine.sessions) == 1 and engine.parking.written == 0
-        assert not list(tmp_path.glob("parked-*/*.state"))
+        assert not list(tmp_path.rglob("*.state"))
     finally:
         engine.close()
         context.cache.clear()
@@ -170,6 +180,54 @@ def test_reading_from_a_slow_disk_is_not_worth_it(context: ServedContext, tmp_pa
         assert not engine.parking.is_worth_it(1 << 30, recompute_s=1.0)
 
 
-def test_memory_is_no_folder() -> None:
-    with pytest.raises(SpillError):
-        SpillFolder(Path("/proc/parked"), most_bytes=MIB, fingerprint=b"test")
+def test_what_rests_is_not_lost_by_the_attempt_to_park_it(context: ServedContext, tmp_path: Path) -> None:
+    """It is more than half of what the gate allows, so that there is no room for a copy of it."""
+    with parking(context, tmp_path) as engine:
+        engine.settings = EngineSettings(parallel=4, least_idle_s=60.0)
+        first = ask(engine, LONG, max_tokens=2)
+        first.finished()
+        n_held = len(first.request.prompt) + 1
+        context.cache.set_limit(int(1.5 * n_held) * context.cache.bytes_per_cell, None)
+        time.sleep(1.0)
+        assert len(engine.sessions) == 0 and engine.conversations.resting_tokens == n_held
+        assert ask(engine, list(first.request.prompt), max_tokens=2).finished()[1].cached_tokens == n_held - 2
+
+
+def test_it_is_read_from_its_file_although_something_rests_and_memory_is_short(
+    context: ServedContext, tmp_path: Path
+) -> None:
+    with parking(context, tmp_path) as engine:
+        prompt, text = park(engine)
+        engine.settings = EngineSettings(parallel=4, least_idle_s=60.0)
+        other = ask(engine, "Something else entirely. " * 10, max_tokens=2)
+        other.finished()
+        n_other = engine.conversations.resting_tokens
+        context.cache.set_limit((2 * (len(prompt) + 20) + n_other) * context.cache.bytes_per_cell, None)
+        again, end = ask(engine, prompt, max_tokens=12).finished()
+        assert again == text and end.cached_tokens == len(prompt) - 1
+
+
+def test_a_slow_disk_is_waited_for_and_one_that_hangs_is_not(
+    context: ServedContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, hangs = SpillFolder.read, threading.Event()
+
+    def read_slowly(folder: SpillFolder, spilled: Spilled) -> mmap.mmap:
+        time.sleep(0.4)
+        return read(folder, spilled)
+
+    def read_never(folder: SpillFolder, spilled: Spilled) -> mmap.mmap:
+        hangs.wait(60)
+        return read(folder, spilled)
+
+    with parking(context, tmp_path) as engine:
+        prompt, text = park(engine)
+        monkeypatch.setattr(SpillFolder, "read", read_slowly)
+        again, end = ask(engine, prompt, max_tokens=12).finished()
+        assert again == text and end.cached_tokens == len(prompt) - 1
+        wait_for(lambda: engine.parking.written == 2)
+        engine.ask(lambda: engine.sessions.unload(next(iter(engine.sessions)))).result()
+        monkeypatch.setattr(SpillFolder, "read", read_never)
+        again, end = ask(engine, prompt, max_tokens=12).finished()
+        assert again == text and end.cached_tokens == 0
+        hangs.set()

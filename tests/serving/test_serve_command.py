@@ -99,6 +99,9 @@ def test_an_empty_key_lets_nobody_in(keys: str, monkeypatch: pytest.MonkeyPatch,
     assert done.returncode == 2 and "KVPSI_API_KEY" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     monkeypatch.delenv("KVPSI_API_KEY")
     file = tmp_path / "keys"
-    file.write_text("\n")
+    file.write_text("# the key for everybody\n\n")
     done = serve("--port", "0", "--api-key-file", str(file))
     assert done.returncode == 2 and "--api-key-file" in done.stderr, done.stderr
+    file.write_text("the key for bob\n")
+    done = serve("--port", "0", "--api-key-file", str(file))
+    assert done.returncode == 2 and "blank" in done.stderr, done.stderr

@@ -31,11 +31,11 @@ def test_it_is_bounded_and_first_in_first_out() -> None:
     with pytest.raises(QueueFullError) as caught:
         waiting.put(c)
     assert caught.value.retry_after_s > 0 and "try again" in str(caught.value)
-    assert waiting.take() is a
+    assert next(iter(waiting)) is a and waiting.discard(a)
     waiting.put_back(a)
     assert len(waiting) == 2 and list(waiting) == [a, b]
-    assert waiting.take(lambda item: item is b) is b
-    assert waiting.discard(a) and not waiting.discard(a) and waiting.take() is None
+    assert waiting.discard(b)
+    assert waiting.discard(a) and not waiting.discard(a) and len(waiting) == 0
 
 
 def test_what_waited_too_long_is_taken_out() -> None:

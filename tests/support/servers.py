@@ -46,7 +46,7 @@ def serving(model: Path, folder: Path, *options: str) -> Iterator[Served]:
         yield Served(process, found.group(1), log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not list(parked.glob("parked-*"))
+        assert not list(parked.rglob("parked-*"))
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         process.kill()

@@ -111,7 +111,7 @@ def serve(
         law=law_settings(reserve, regrow_above),
         cache_limit=units.parse_share(cache_limit),
         api_keys=api_keys,
-        allow_origins=tuple(allow_origin or ()),
+        allow_origins=tuple(origin.strip().rstrip("/") for origin in allow_origin or ()),
         log_requests=log_requests,
         chat_template=_text_of(chat_template),
         queue_timeout_s=queue_timeout_s,
@@ -137,10 +137,14 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
         keys = variable.replace(",", " ").split() or [""]
     if file is not None:
         try:
-            keys += file.read_text(encoding="utf-8").split() or [""]
+            lines = file.read_text(encoding="utf-8").splitlines()
+            keys += [key for line in lines if (key := line.strip()) and not key.startswith("#")] or [""]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--api-key-file {file} cannot be read ({error}).") from error
-    if not all(key.strip() for key in keys):
+    keys = [key.strip() for key in keys]
+    if any(len(key.split()) > 1 for key in keys):
+        raise UsageError("An API key has a blank in it, which no client can send; write one key a line, without it.")
+    if not all(keys):
         raise UsageError(
             "An API key (--api-key, KVPSI_API_KEY, --api-key-file) is empty, which would let everybody in: give it a "
             "value, or leave it out."

@@ -30,6 +30,7 @@ from kvpsi.units import format_bytes
 _OWN_PREFIX = "parked-"
 _LOCK = ".lock"
 _LOCK_S = 30.0
+_SUFFIX = ".state"
 _MAGIC = b"kvpsi state 1\n\0\0"
 _HEADER = struct.Struct(f"<{len(_MAGIC)}sQ16s")
 _DIGEST_BYTES = 16
@@ -52,7 +53,7 @@ class SpillFolder:
     """Where states are written to. Used by one thread at a time.
 
     Args:
-        folder: holds a folder for each process; made if it is not there, for nobody else to read.
+        folder: holds a folder for each user, for nobody else to read, and in it one for each process.
         most_bytes: of all states together.
         fingerprint: of whatever makes states fit together (the model, the type of its cache); at most 16 bytes.
 
@@ -77,6 +78,7 @@ class SpillFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _refuse_memory(folder)
+            folder = _of_this_user(folder)
             with FileLock(
                 folder / _LOCK, timeout=_LOCK_S, mode=0o600
             ):  # nobody takes a folder for a leftover that is just being made
@@ -101,7 +103,7 @@ class SpillFolder:
             raise SpillError(
                 f"{self.folder} holds {format_bytes(self.n_bytes)} of parked conversations; no more may go in."
             )
-        path = self._own / f"{next(self._numbers)}.state"
+        path = self._own / f"{next(self._numbers)}{_SUFFIX}"
         try:
             _refuse_full(self._own, n_bytes)
             began = time.monotonic()
@@ -162,6 +164,8 @@ class SpillFolder:
         with memoryview(state) as view:
             at = 0
             while at < len(view):
+                if self.is_closing:
+                    raise SpillError("The folder is being closed.")
                 with view[at : at + _CHUNK_BYTES] as chunk:
                     n_read = file.readinto(chunk)
                     digest.update(chunk[:n_read])
@@ -181,28 +185,53 @@ class SpillFolder:
 
     def close(self) -> None:
         """Remove all that was written."""
-        shutil.rmtree(self._own, ignore_errors=True)
         self._lock.release()
+        _remove_own(self._own)
 
     def _header(self, n_bytes: int) -> bytes:
         return _HEADER.pack(_MAGIC, n_bytes, self._fingerprint)
 
 
-def is_spared(folder: Path) -> bool:
-    """Whether a folder lies on flash that wears out soon: SD cards and eMMC, which boards have."""
+def is_spared(folder: Path, blocks: Path = Path("/sys/class/block")) -> bool:
+    """Whether a folder should not be written without being asked: on an SD card or eMMC, which wear out, or unknown."""
+    device = Path(_mount_of(folder)[1])
+    if not device.is_relative_to("/dev"):  # overlays, network and other file systems without a disk of their own
+        return True
     try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        device = there.stat().st_dev
-        return "mmcblk" in str(Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve())
-    except (OSError, AttributeError):
-        return False
+        return any("mmcblk" in str(disk) for disk in _disks_below(blocks / device.resolve().name))
+    except OSError:
+        return True
+
+
+def _disks_below(block: Path) -> Iterator[Path]:
+    """A block device and those that it is made of (LVM, LUKS, RAID)."""
+    resolved = block.resolve(strict=True)
+    yield resolved
+    if (resolved / "slaves").is_dir():
+        for each in (resolved / "slaves").iterdir():
+            yield from _disks_below(each)
+
+
+def _mount_of(folder: Path) -> tuple[str, str]:
+    """File system and device of a folder that need not be there yet."""
+    resolved = folder.resolve()
+    mounts = [p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)]
+    mount = max(mounts, key=lambda p: len(p.mountpoint), default=None)
+    return (mount.fstype, mount.device) if mount else ("", "")
+
+
+def _of_this_user(folder: Path) -> Path:
+    """A folder in it that is this user's own, so that several users may name the same one."""
+    own = folder / f"user-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    own.mkdir(exist_ok=True, mode=0o700)
+    if own.is_symlink() or (hasattr(os, "getuid") and own.stat().st_uid != os.getuid()):
+        raise SpillError(f"{own} is somebody else's; give another folder with --spill-dir.")
+    return own
 
 
 def _refuse_memory(folder: Path) -> None:
     """Raise SpillError if the folder's files lie in memory: nothing would be won."""
-    resolved = folder.resolve()
-    mounts = [p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)]
-    kind = max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""
+    kind = _mount_of(folder)[0]
     if kind in _IN_MEMORY:
         raise SpillError(f"{folder} is in memory ({kind}): give a folder on a disk with --spill-dir.")
 
@@ -216,13 +245,24 @@ def _refuse_full(folder: Path, n_bytes: int) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Folders whose process is gone: the kernel dropped its lock, however it ended."""
     for leftover in folder.glob(f"{_OWN_PREFIX}*"):
+        if leftover.is_symlink() or not (leftover / _LOCK).is_file():
+            continue  # not made here
         lock = FileLock(leftover / _LOCK, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError):
             continue
-        shutil.rmtree(leftover, ignore_errors=True)
         lock.release()
+        _remove_own(leftover)
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove a folder of states, and nothing else that somebody may have put there."""
+    with contextlib.suppress(OSError):
+        for state in folder.glob(f"*{_SUFFIX}"):
+            state.unlink()
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 @contextlib.contextmanager

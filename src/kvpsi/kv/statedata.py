@@ -135,7 +135,7 @@ def parse_state(data: StateBytes) -> list[SectionState]:
             while cursor.left:
                 sections.append(_parse_section(cursor, ext))
         except LayoutError as error:
-            problem = error
+            problem = error.with_traceback(None)  # its frames look into ``data``, which could not be closed
             continue
         if sections:
             return sections

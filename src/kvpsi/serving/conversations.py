@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ _LEAST_TIMED_TOKENS = 32
 _SUPPOSED_S_PER_TOKEN = 0.01
 _SMOOTHING = 0.2
 _MOST_READS = 2
+_LONGEST_WAIT_S = 1.0
 
 MakeRoom = Callable[[int, Session | None], int]
 
@@ -46,13 +48,23 @@ class Conversations:
         sessions: those that are saved.
         parking: where they are parked.
         make_room: has room made for so many more cells, without the session given; the cells that are missing.
+        missing_cells: the cells that are missing if so many more are to be taken.
     """
 
-    def __init__(self, context: ServedContext, sessions: Sessions, parking: Parking, make_room: MakeRoom) -> None:
+    def __init__(
+        self,
+        context: ServedContext,
+        sessions: Sessions,
+        parking: Parking,
+        make_room: MakeRoom,
+        missing_cells: Callable[[int], int],
+    ) -> None:
         self._context = context
         self._sessions = sessions
         self._parking = parking
         self._make_room = make_room
+        self._missing_cells = missing_cells
+        self._rests_since_s = 0.0
         self._s_per_token = _SUPPOSED_S_PER_TOKEN
         self._free = collections.deque(range(context.n_seq))
         self._resting: Held | None = None
@@ -84,10 +96,12 @@ class Conversations:
         if not self._sessions.n_parked:
             return True
         in_cache = [*running, self._resting] if self._resting else running
-        match = self._worth_loading(prompt, pin, self._longest(prompt, in_cache)[1])
+        match = self._worth_loading(prompt, pin, self._longest(prompt, in_cache)[1], in_memory=False)
         if match is None or match.session.state is not None:
             return True
-        session = match.session
+        session, reading = match.session, self._parking.reading
+        if reading is not None:  # one after the other; but a disk that hangs keeps nobody waiting
+            return self._parking.reading_s() > max(_LONGEST_WAIT_S, self.recompute_s(len(reading.tokens)))
         if session.n_reads >= _MOST_READS or self._make_room(len(session.tokens), session):
             return True  # the model reads it again, then
         self._parking.read(session)
@@ -108,8 +122,7 @@ class Conversations:
         n_saved = match.n_tokens if match else 0
         if resting is not None and n_resting >= max(n_saved, n_shared, 1) and 2 * n_resting >= len(resting.tokens):
             self._resting = None
-            if len(resting.tokens) > n_resting:
-                self._context.cache.seq_rm(resting.seq_id, n_resting, -1)
+            self._context.cache.seq_rm(resting.seq_id, n_resting, -1)
             return resting.seq_id, n_resting
         seq_id = self._free.popleft()
         try:
@@ -121,11 +134,12 @@ class Conversations:
     def _fill(self, seq_id: int, prompt: Sequence[int], pin: str | None, source: Held | None, n_shared: int) -> int:
         """Give an empty sequence what is there of a prompt; how many tokens that is."""
         cache, resting = self._context.cache, self._resting
-        if source is not None and self._worth_loading(prompt, pin, n_shared) is None:
+        match = self._worth_loading(prompt, pin, n_shared)
+        if source is not None and match is None:
             cache.seq_cp(source.seq_id, seq_id, 0, n_shared)
             self._save_resting()
             return n_shared
-        self._save_resting()  # it is among the saved ones then, and others may have gone for it
+        self._save_resting(match.session if match else None)  # it is among the saved ones then
         match = self._worth_loading(prompt, pin, n_shared)
         if match is not None and self._load(match, seq_id):
             return match.n_tokens
@@ -140,7 +154,7 @@ class Conversations:
             self.release(held.seq_id)
             return
         self._save_resting()
-        self._resting = held
+        self._resting, self._rests_since_s = held, time.monotonic()
         if not alone:
             self._save_resting()
 
@@ -173,20 +187,28 @@ class Conversations:
     @property
     def may_park(self) -> bool:
         """Whether there may be something that could be parked now."""
-        return self._parking.may_write and (self._resting is not None or self._sessions.n_bytes > 0)
+        return self._parking.is_on and (self._resting is not None or self._sessions.n_bytes > 0)
 
-    def park_one(self, *, is_idle: bool, spare_bytes: int) -> None:
-        """Begin to park a conversation; that which rests is saved first, if nobody is being answered."""
+    def park_one(self, *, is_idle: bool, least_idle_s: float, spare_bytes: int) -> None:
+        """Begin to park a conversation.
+
+        Args:
+            is_idle: whether nobody is being answered; then that which rests is saved, too, so that it comes next.
+            least_idle_s: for which nobody has been answering it.
+            spare_bytes: memory that could be taken without harm.
+        """
+        session = self._parking.next(self.recompute_s, least_idle_s)
         resting = self._resting
-        if (
+        if session is not None:
+            self._parking.write(session)
+        elif (
             is_idle
             and resting is not None
+            and time.monotonic() - self._rests_since_s >= least_idle_s
+            and not self._missing_cells(len(resting.tokens))
             and 2 * len(resting.tokens) * self._context.cache.bytes_per_cell < spare_bytes
         ):
             self._save_resting()
-        session = self._parking.next(self.recompute_s)
-        if session is not None:
-            self._parking.write(session)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -202,14 +224,16 @@ class Conversations:
         n_shared, source = max(((self._usable(held.tokens, prompt), held) for held in sequences), key=lambda m: m[0])
         return (source, n_shared) if n_shared >= _LEAST_KEPT_TOKENS else (None, 0)
 
-    def _saved(self, prompt: Sequence[int], pin: str | None) -> Match | None:
+    def _saved(self, prompt: Sequence[int], pin: str | None, *, in_memory: bool = True) -> Match | None:
         """The saved one that shares most first tokens with a prompt."""
-        match = self._sessions.best(prompt, pin)
+        match = self._sessions.best(prompt, pin, in_memory=in_memory)
         return Match(match.session, self._usable(match.session.tokens, prompt)) if match else None
 
-    def _worth_loading(self, prompt: Sequence[int], pin: str | None, n_shared: int) -> Match | None:
+    def _worth_loading(
+        self, prompt: Sequence[int], pin: str | None, n_shared: int, *, in_memory: bool = True
+    ) -> Match | None:
         """A saved one that is worth its loading, if ``n_shared`` tokens can be had for nothing."""
-        match = self._saved(prompt, pin)
+        match = self._saved(prompt, pin, in_memory=in_memory)
         least = max(_LEAST_KEPT_TOKENS, len(match.session.tokens) // 8) if match else 0
         return match if match is not None and match.n_tokens - n_shared >= least else None
 
@@ -227,24 +251,25 @@ class Conversations:
         if len(session.tokens) > match.n_tokens:
             cache.seq_rm(seq_id, match.n_tokens, -1)
         session.n_reads = 0
+        self._sessions.note_use(session)
         if 2 * match.n_tokens >= len(session.tokens):  # the answer goes on from it
             self._sessions.remove(session)
         return True
 
-    def _save_resting(self) -> None:
-        """Save what rests in the cache and take it out, so that nobody has to attend to it."""
+    def _save_resting(self, keeping: Session | None = None) -> None:
+        """Save what rests in the cache and take it out, so that nobody has to attend to it; ``keeping`` stays."""
         resting, self._resting = self._resting, None
         if resting is not None:
             try:
-                self._save(resting)
+                self._save(resting, keeping)
             except (KvpsiError, OSError) as error:  # it is read anew then
                 log.info("A conversation could not be saved: %s", error)
             self.release(resting.seq_id)
-        self._make_room(0, None)
+        self._make_room(0, keeping)
 
-    def _save(self, held: Held) -> None:
+    def _save(self, held: Held, keeping: Session | None) -> None:
         """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
         cache, n_tokens = self._context.cache, len(held.tokens)
-        short = cache.allowed_cells < cache.n_cells and self._make_room(n_tokens, None)
+        short = cache.allowed_cells < cache.n_cells and self._make_room(n_tokens, keeping)
         if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
             self._sessions.add(Session(held.tokens, cache.save_sequence(held.seq_id), held.pin))

@@ -77,11 +77,13 @@ class EngineSettings:
         parallel: answers at once.
         most_waiting: requests that may wait beside them.
         chunk_beside: tokens of prompts in one decode while somebody's answer is being written.
+        least_idle_s: for which nobody has been answering a conversation before it is parked, unless memory is short.
     """
 
     parallel: int = 8
     most_waiting: int = 64
     chunk_beside: int = 128
+    least_idle_s: float = 10.0
 
     def __post_init__(self) -> None:
         most = int(llama_cpp.llama_max_parallel_sequences()) - 1
@@ -142,7 +144,9 @@ class Engine:
         self.settings = settings or EngineSettings()
         self.sessions = Sessions()
         self.parking = Parking(spill, self.sessions, self.ask)
-        self.conversations = Conversations(context, self.sessions, self.parking, self._make_room)
+        self.conversations = Conversations(
+            context, self.sessions, self.parking, self._make_room, lambda n_tokens: self.memory.missing_cells(n_tokens)
+        )
         self._keeping: Session | None = None
         self._look_at_s = 0.0
         rungs = (
@@ -254,7 +258,7 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
-                self._park()
+                self._park_if_due()
             except ContextLostError as error:
                 self._closing = True
                 self._on_death(error)
@@ -319,8 +323,7 @@ class Engine:
             self.counters.failed += 1
             self._emit(request, Failed(WaitedTooLongError(retry_s)))
         while len(self.running) < self.settings.parallel:
-            with self._lock:
-                chosen = self.waiting.take(self._may_begin)
+            chosen = self._next_to_begin()
             if chosen is None:
                 if self._grow_for_those_who_wait():
                     continue
@@ -335,6 +338,32 @@ class Engine:
                 self.counters.failed += 1
                 self._emit(chosen, Failed(EnvironmentProblem(f"The request could not be begun ({error}).")))
 
+    def _next_to_begin(self) -> Request | None:
+        """The first in the queue that may begin."""
+        with self._lock:
+            waiting = list(self.waiting)
+        unready, places = 0, self.settings.parallel - len(self.running)
+        for request in waiting:
+            if not self._may_begin(request):
+                continue
+            if not self._is_ready(request):
+                unready += 1
+                if unready >= places:
+                    return None
+                continue
+            with self._lock:
+                if self.waiting.discard(request):
+                    return request
+        return None
+
+    def _is_ready(self, request: Request) -> bool:
+        """Whether its conversation need not be read from a file first."""
+        if not self.sessions.n_parked:
+            return True
+        paused = self._paused.get(request)
+        tokens = paused.tokens if paused else request.prompt
+        return self.conversations.is_ready(tokens, request.pin, [self._held_by(other) for other in self.running])
+
     def _may_begin(self, request: Request) -> bool:
         """Whether it should not rather wait for another that reads the same, or for room."""
         prompt = request.prompt
@@ -343,11 +372,7 @@ class Engine:
                 shared = common_prefix(other.tokens, prompt)
                 if shared >= _LEAST_SHARED_TOKENS and shared > other.n_done + _LEAST_SHARED_TOKENS:
                     return False
-        if self.running and self.memory.room_cells() < self._cells_to_begin(request):
-            return False
-        paused = self._paused.get(request)
-        held = [self._held_by(other) for other in self.running] if self.sessions.n_parked else []
-        return self.conversations.is_ready(paused.tokens if paused else prompt, request.pin, held)
+        return not self.running or self.memory.room_cells() >= self._cells_to_begin(request)
 
     def _cells_to_begin(self, request: Request) -> int:
         """Cells that it takes until its next token is there."""
@@ -586,15 +611,25 @@ class Engine:
     def _is_kept(self, session: Session) -> bool:
         return session is self._keeping
 
-    def _park(self) -> None:
-        """Begin to park a conversation if memory may soon be too little for it."""
+    def _park_if_due(self) -> None:
         now = time.monotonic()
         if now >= self._look_at_s and self.conversations.may_park:
             self._look_at_s = now + _LOOK_S
-            cache = self.context.cache
-            short = cache.allowed_cells < cache.n_cells or self.memory.missing_cells(cache.allowed_cells // 4) > 0
-            if short or self._is_tight():
-                self.conversations.park_one(is_idle=not self.running, spare_bytes=self._spare_bytes())
+            try:
+                self._park()
+            except Exception:  # they are dropped then, which is no reason to end an answer
+                log.exception("A conversation could not be parked")
+
+    def _park(self) -> None:
+        """Begin to park a conversation if memory is, or may soon be, too little for it."""
+        cache = self.context.cache
+        short = cache.limit_cells < min(cache.cap_cells, cache.n_cells)
+        if short or self._is_tight() or self.memory.missing_cells(cache.allowed_cells // 4) > 0:
+            self.conversations.park_one(
+                is_idle=not self.running,
+                least_idle_s=0.0 if short else self.settings.least_idle_s,
+                spare_bytes=self._spare_bytes(),
+            )
 
     def _shrink_if_idle(self) -> int | None:
         """Have memory given if nothing is being answered, and the bytes; None if the engine is busy."""

@@ -14,7 +14,7 @@ from kvpsi.errors import UsageError
 MOST_REPETITIONS = 3_000
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 _VALUES = ("const", "enum", "default", "examples")
-_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_", r"\s": r" \t\n\r"}
+_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_", r"\s": " "}  # JSON has other blanks escaped
 _PART_OF_A_PATTERN = re.compile(r"\\.|.", re.DOTALL)
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
@@ -44,7 +44,11 @@ def _spelled_out(node: Any) -> Any:
     r"""The same schema with \d, \w and \s in its patterns spelled out, which the converter does not know."""
     if isinstance(node, Mapping):
         return {
-            name: _without_classes(value) if name == "pattern" and isinstance(value, str) else _spelled_out(value)
+            name: value
+            if name in _VALUES
+            else _without_classes(value)
+            if name == "pattern" and isinstance(value, str)
+            else _spelled_out(value)
             for name, value in node.items()
         }
     return [_spelled_out(each) for each in node] if isinstance(node, list) else node

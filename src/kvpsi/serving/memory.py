@@ -52,7 +52,7 @@ class CacheMemory:
         """Sizes as of now; saved conversations count as in use."""
         inner = self.cache.status()
         used = min(inner.capacity_bytes, inner.used_bytes + self.sessions.n_bytes)
-        loading = max(inner.loading_bytes, self._context.growing_bytes)
+        loading = max(inner.loading_bytes, self._context.growing_bytes, self.sessions.loading_bytes)
         return CacheStatus(inner.capacity_bytes, used, inner.floor_bytes, self.returned_bytes, loading)
 
     def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
@@ -75,7 +75,7 @@ class CacheMemory:
 
     def missing_cells(self, n_tokens: int) -> int:
         """Cells that would have to go before so many more can be taken."""
-        saved_cells = -(-self.sessions.n_bytes // self.cache.bytes_per_cell)
+        saved_cells = -(-(self.sessions.n_bytes + self.sessions.loading_bytes) // self.cache.bytes_per_cell)
         return max(0, self.cache.used_cells + saved_cells + n_tokens - self.cache.allowed_cells)
 
     def make_room(self, n_tokens: int) -> int:

@@ -8,7 +8,7 @@ import logging
 import mmap
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from kvpsi.errors import SpillError
 from kvpsi.kv.spill import Spilled, SpillFolder, is_spared
 from kvpsi.models import cache_dir
 from kvpsi.serving.sessions import Session, Sessions
+from kvpsi.serving.thread import WorkThread
 
 log = logging.getLogger("kvpsi")
 R = TypeVar("R")
@@ -25,6 +26,7 @@ Do = Callable[[Callable[[], object]], object]
 
 _SUPPOSED_BYTES_S = 200e6
 _HOLD_OFF_S = 60.0
+_PATIENCE_S = 5.0
 
 
 class Parking:
@@ -41,6 +43,7 @@ class Parking:
 
     Attributes:
         written, read_again, failures: how often.
+        reading: the conversation whose file is being read; there is one at a time.
     """
 
     def __init__(
@@ -51,16 +54,22 @@ class Parking:
         self._do = do
         sessions.remove_file = self.remove
         self._clock = clock
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvpsi-parking") if folder else None
+        self._thread = WorkThread("kvpsi-parking") if folder else None
         self._not_before_s = 0.0
         self._busy = False
-        self._reading: set[int] = set()
+        self._reading_since_s = 0.0
+        self.reading: Session | None = None
         self.written = self.read_again = self.failures = 0
 
     @property
     def n_bytes(self) -> int:
         """Of all files."""
         return self._folder.n_bytes if self._folder else 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is parked at all."""
+        return self._folder is not None
 
     @property
     def may_write(self) -> bool:
@@ -73,20 +82,24 @@ class Parking:
         speed = (folder.read_bytes_s or folder.write_bytes_s) if folder else 0.0
         return n_bytes / (speed or _SUPPOSED_BYTES_S)
 
-    def next(self, recompute_s: Callable[[int], float]) -> Session | None:
+    def next(self, recompute_s: Callable[[int], float], least_idle_s: float) -> Session | None:
         """The least recently used conversation that is worth writing and for which no younger one's file has to go.
 
         Args:
             recompute_s: seconds until the model has read so many tokens.
+            least_idle_s: for which nobody has been answering it.
         """
         if not self.may_write or self._folder is None:
             return None
         found, younger_bytes = None, 0
+        idle_since_s = self._clock() - least_idle_s
         for session in sorted(self._sessions, key=lambda s: s.rank, reverse=True):
             if session.spilled is not None:
                 younger_bytes += session.spilled.n_bytes
-            elif younger_bytes + session.n_bytes <= self._folder.most_bytes and self.is_worth_it(
-                session.n_bytes, recompute_s(len(session.tokens))
+            elif (
+                younger_bytes + session.n_bytes <= self._folder.most_bytes
+                and session.idle_since_s <= idle_since_s
+                and self.is_worth_it(session.n_bytes, recompute_s(len(session.tokens)))
             ):
                 found = session
         return found
@@ -104,8 +117,8 @@ class Parking:
         if folder is None or state is None or not self.may_write:
             return
         self._make_room(folder.most_bytes - session.n_bytes)
-        self._busy = session.is_written = True
         self._submit(lambda: folder.write(state), lambda future: self._note_written(session, state, future))
+        self._busy = session.is_written = True
 
     def _make_room(self, most_bytes: int) -> None:
         """Have the oldest files removed until no more than so much is left."""
@@ -137,18 +150,24 @@ class Parking:
         else:
             session.spilled = spilled
 
+    def reading_s(self) -> float:
+        """For how long the file that is being read has been read."""
+        return self._clock() - self._reading_since_s
+
     def read(self, session: Session) -> None:
-        """Begin to read a conversation's file, unless that has begun; one that cannot be read is removed."""
+        """Begin to read a conversation's file; one that cannot be read is removed."""
         folder, spilled = self._folder, session.spilled
         if folder is None or spilled is None:
             self._sessions.remove(session)
-        elif id(session) not in self._reading:
-            self._reading.add(id(session))
-            session.n_reads += 1
+        elif self.reading is None:
             self._submit(lambda: folder.read(spilled), lambda future: self._note_read(session, future))
+            self.reading, self._reading_since_s = session, self._clock()
+            self._sessions.loading_bytes = spilled.n_bytes
+            session.n_reads += 1
 
     def _note_read(self, session: Session, future: Future[mmap.mmap]) -> None:
-        self._reading.discard(id(session))
+        self.reading = None
+        self._sessions.loading_bytes = 0
         try:
             state = future.result()
         except Exception as error:  # the model reads it again, then
@@ -165,21 +184,21 @@ class Parking:
 
     def remove(self, spilled: Spilled) -> None:
         """Have a file removed."""
-        if self._folder is not None and self._pool is not None:
+        if self._folder is not None and self._thread is not None:
             with contextlib.suppress(RuntimeError):  # it is closed, and so all files are gone
-                self._pool.submit(self._folder.remove, spilled)
+                self._thread.call(self._folder.remove, spilled)
 
     def _submit(self, work: Callable[[], R], then: Callable[[Future[R]], None]) -> None:
-        assert self._pool is not None
-        future = self._pool.submit(work)
+        assert self._thread is not None
+        future = self._thread.call(work)
         future.add_done_callback(lambda done: self._do(lambda: then(done)))
 
     def close(self) -> None:
         """Give up what is being written, and remove all files."""
-        if self._pool is not None and self._folder is not None:
+        if self._thread is not None and self._folder is not None:
             self._folder.is_closing = True
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._folder.close()
+            if self._thread.stop(_PATIENCE_S):  # else the disk hangs, and the next start removes what is there
+                self._folder.close()
 
 
 def open_folder(

@@ -13,6 +13,8 @@ from kvpsi.serving.conversations import Conversations
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.sessions import Session, Sessions
 
+_PINNED = 100.0  # times that it counts to have a conversation again that somebody asked to keep
+
 Spared = Callable[[Session], bool]
 """Whether a conversation is in use just now, so that it must stay."""
 
@@ -31,7 +33,7 @@ class ParkedConversations(Rung):
     def offer(self) -> Offer | None:
         """The one that was not used for longest, at the cost of reading its file."""
         session = self._next()
-        return Offer(session.n_bytes, self._parking.read_s(session.n_bytes)) if session else None
+        return Offer(session.n_bytes, _weight(session) * self._parking.read_s(session.n_bytes)) if session else None
 
     def give(self) -> int:
         """Give its memory back."""
@@ -48,14 +50,24 @@ class SavedConversations(Rung):
         self._sessions, self._conversations, self._spared = sessions, conversations, spared
 
     def _next(self) -> Session | None:
-        return self._sessions.oldest(lambda s: s.state is not None and s.spilled is None and not self._spared(s))
+        def may_go(session: Session) -> bool:
+            return session.state is not None and session.spilled is None and not self._spared(session)
+
+        # one that is being written goes as soon as it is, and not before
+        return self._sessions.oldest(lambda s: may_go(s) and not s.is_written) or self._sessions.oldest(may_go)
 
     def offer(self) -> Offer | None:
         """The one that was not used for longest, at the cost of having the model read it again."""
         session = self._next()
-        return Offer(session.n_bytes, self._conversations.recompute_s(len(session.tokens))) if session else None
+        if session is None:
+            return None
+        return Offer(session.n_bytes, _weight(session) * self._conversations.recompute_s(len(session.tokens)))
 
     def give(self) -> int:
         """Drop it."""
         session = self._next()
         return self._sessions.drop(session) if session else 0
+
+
+def _weight(session: Session) -> float:
+    return 1.0 if session.pin is None else _PINNED

@@ -99,7 +99,7 @@ class _Uvicorn(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End; at the second Ctrl-C without waiting for anything, of which uvicorn would print where it stood."""
-        if self.should_exit:
+        if self.should_exit and sig == signal.SIGINT:
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         super().handle_exit(sig, frame)
 
@@ -194,8 +194,6 @@ class Server:
     async def _load(self, app: FastAPI, stack: contextlib.ExitStack) -> None:
         try:
             spill = await asyncio.to_thread(self._open_spill_folder) if self.settings.govern else None
-            if spill is not None:
-                stack.callback(spill.close)
             thread = ComputingThread()
             stack.callback(thread.stop)
             context, chat = await asyncio.wrap_future(thread.call(self._open, stack))

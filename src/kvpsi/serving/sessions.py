@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class Session:
         used: when, as a number that grows.
         spilled: the state in a file, if it was written to one.
         n_reads: how often the file was read without that it could be loaded.
+        idle_since_s: CLOCK_MONOTONIC time since which nobody has been answering it.
         is_written: whether it is just being written to a file, so that its memory must stay.
         is_gone: whether nobody wants it any more.
     """
@@ -36,6 +38,7 @@ class Session:
     used: int = field(default=0)
     spilled: Spilled | None = None
     n_reads: int = 0
+    idle_since_s: float = field(default_factory=time.monotonic)
     is_written: bool = False
     is_gone: bool = False
 
@@ -59,14 +62,21 @@ class Match:
 
 
 class Sessions:
-    """All of them. Used by the engine's thread only, except ``n_bytes``.
+    """All of them. Used by the engine's thread only, except for the attributes.
 
     Args:
         remove_file: has a file removed that is not wanted any more.
+
+    Attributes:
+        n_bytes: memory of all of them.
+        loading_bytes: memory that is about to be taken for one that is being read from its file.
+        n_parked, parked_bytes: how many are in a file only, and these files.
+        dropped: how many were dropped for want of memory.
     """
 
     def __init__(self, remove_file: Callable[[Spilled], None] = lambda _: None) -> None:
-        self.n_bytes = 0
+        self.n_bytes = self.loading_bytes = 0
+        self.n_parked = self.parked_bytes = 0
         self.dropped = 0
         self.remove_file = remove_file
         self._sessions: list[Session] = []
@@ -78,16 +88,6 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions)
 
-    @property
-    def n_parked(self) -> int:
-        """How many are in a file only."""
-        return sum(s.state is None for s in self._sessions)
-
-    @property
-    def parked_bytes(self) -> int:
-        """Files of those that are in a file only."""
-        return sum(s.spilled.n_bytes for s in self._sessions if s.state is None and s.spilled is not None)
-
     def add(self, session: Session) -> None:
         """Keep one; one that it goes on from, or repeats, is dropped."""
         for other in [s for s in self._sessions if _goes_on_from(session.tokens, s.tokens)]:
@@ -97,14 +97,21 @@ class Sessions:
         self._sessions.append(session)
         self.n_bytes += session.n_bytes
 
-    def best(self, prompt: Sequence[int], pin: str | None = None) -> Match | None:
-        """The one that shares most first tokens with a prompt, of several the one with this pin or used last."""
-        matches = [Match(s, n) for s in self._sessions if (n := common_prefix(s.tokens, prompt))]
-        if not matches:
-            return None
-        best = max(matches, key=lambda m: (m.n_tokens, m.session.pin == pin, m.session.used))
-        best.session.used = next(self._uses)
-        return best
+    def best(self, prompt: Sequence[int], pin: str | None = None, *, in_memory: bool = False) -> Match | None:
+        """The one that shares most first tokens with a prompt, of several the one with this pin or used last.
+
+        ``in_memory`` leaves out those that are in a file only.
+        """
+        matches = [
+            Match(s, n)
+            for s in self._sessions
+            if (s.state is not None or not in_memory) and (n := common_prefix(s.tokens, prompt))
+        ]
+        return max(matches, key=lambda m: (m.n_tokens, m.session.pin == pin, m.session.used), default=None)
+
+    def note_use(self, session: Session) -> None:
+        """Somebody goes on from it."""
+        session.used = next(self._uses)
 
     def oldest(self, suits: Callable[[Session], bool] = lambda _: True) -> Session | None:
         """The one that was not used for longest, pinned ones last; None if none suits."""
@@ -114,12 +121,23 @@ class Sessions:
         """Take one out; its memory goes back, as soon as nobody reads it any more."""
         self._sessions.remove(session)
         session.is_gone = True
-        self.unload(session)
+        self._count_parked(session, -1)
+        self._free(session)
         if session.spilled is not None:
             self.remove_file(session.spilled)
 
     def unload(self, session: Session) -> int:
-        """Give its memory back; the bytes."""
+        """Give its memory back, as it is in a file as well; the bytes."""
+        n_bytes = self._free(session)
+        self._count_parked(session, 1)
+        return n_bytes
+
+    def _count_parked(self, session: Session, times: int) -> None:
+        if session.state is None:
+            self.n_parked += times
+            self.parked_bytes += times * (session.spilled.n_bytes if session.spilled else 0)
+
+    def _free(self, session: Session) -> int:
         n_bytes, state = session.n_bytes, session.state
         self.n_bytes -= n_bytes
         session.state = None
@@ -129,6 +147,7 @@ class Sessions:
 
     def reload(self, session: Session, state: mmap.mmap) -> None:
         """Its state is in memory again."""
+        self._count_parked(session, -1)
         session.state = state
         self.n_bytes += session.n_bytes
 

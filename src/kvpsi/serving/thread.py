@@ -1,4 +1,4 @@
-"""The one thread in which llama.cpp computes.
+"""Threads that do what they are given, of which one is the only one in which llama.cpp computes.
 
 llama.cpp's workers wait for each other thousands of times a token by spinning. Built with OpenMP, as it usually is,
 each thread that ever computed has workers of its own, and as soon as there are more of them than processors they hardly
@@ -32,13 +32,13 @@ def job_of(work: Callable[..., R], *args: Any) -> tuple[Callable[[], None], Futu
     return do, future
 
 
-class ComputingThread:
+class WorkThread:
     """Does what it is given, one after the other, until it is stopped."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="kvpsi-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def call(self, work: Callable[..., R], *args: Any) -> Future[R]:
@@ -53,12 +53,20 @@ class ComputingThread:
         self._work.put(job)
         return future
 
-    def stop(self) -> None:
-        """Wait until it has done what it was given, and end it. Not from the thread itself."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has done what it was given, and end it; whether it has ended. Not from the thread itself."""
         self._stopped = True
         self._work.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
             work()
+
+
+class ComputingThread(WorkThread):
+    """The one that loads the model and decodes."""
+
+    def __init__(self) -> None:
+        super().__init__("kvpsi-engine")

@@ -91,14 +91,6 @@ class Waiting(Generic[T]):
         """Let one that had begun wait again, before all others."""
         self._queue.appendleft(request)
 
-    def take(self, suits: Callable[[T], bool] = lambda _: True) -> T | None:
-        """The first that suits, None if none does."""
-        for request in self._queue:
-            if suits(request):
-                self._queue.remove(request)
-                return request
-        return None
-
     def discard(self, request: T) -> bool:
         """Take one out that is not wanted any more; whether it was there."""
         try:

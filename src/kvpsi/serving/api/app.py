@@ -50,9 +50,15 @@ def make_app(
         most_body_bytes=most_body_bytes,
         is_loaded=lambda: app.state.service is not None,
     )
-    if allow_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestLog, say=say)
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.state.registry = registry
     app.state.service = None
     errors.install(app)

@@ -96,10 +96,6 @@ def install(app: FastAPI) -> None:
         message = f"{first['msg']} (in {where})." if where else f"The body is not valid: {first['msg']}."
         return response_to(ApiError(400, message, param=where))
 
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, error: Exception) -> JSONResponse:
-        return response_to(ApiError(500, f"kvpsi failed ({type(error).__name__}); its log says more."))
-
     @app.exception_handler(HTTPException)
     async def on_http(_: Request, error: HTTPException) -> JSONResponse:
         response = JSONResponse(error_body(error.status_code, f"{error.detail}."), error.status_code)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvpsi.serving.api.errors import ApiError, response_to
+
+log = logging.getLogger("kvpsi")
 _NAME = b"x-request-id"
 _LONGEST_ID = 100
 
@@ -47,9 +53,16 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, sent)
+        except Exception as error:  # here, so that it has an id and a line like any other
+            log.exception("A request failed")
+            if not status:
+                told = ApiError(500, f"kvpsi failed ({type(error).__name__}); its log says more.")
+                await response_to(told)(scope, receive, sent)
         finally:
             if self._say is not None and not (scope["method"] in ("GET", "HEAD") and status == 200):
                 took_s = time.monotonic() - began
                 at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 end = str(status) if whole else f"{status or '-'} broken off"
-                self._say(f"{at} {scope['method']} {scope['path']} {end} {took_s:.2f} s {request_id.decode()}")
+                path = quote(scope["path"])
+                with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                    self._say(f"{at} {scope['method']} {path} {end} {took_s:.2f} s {request_id.decode()}")
