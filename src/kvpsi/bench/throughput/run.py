@@ -43,7 +43,7 @@ class Plan:
     servers: tuple[Name, ...] = ("kvpsi", "xllamacpp", "llama-cpp-python")
     levels: tuple[int, ...] = (1, 2, 4, 8)
     rounds: int = 3
-    requests: int = 2
+    requests: int = 4
     n_predict: int = 64
     n_ctx: int = 16384
     n_threads: int = 0

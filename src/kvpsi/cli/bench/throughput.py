@@ -18,7 +18,7 @@ def throughput(
     servers: Annotated[str, typer.Option("--servers", help="Whom to compare.")] = "kvpsi,xllamacpp,llama-cpp-python",
     levels: Annotated[str, typer.Option("--levels", help="Clients at once.")] = "1,2,4,8",
     rounds: Annotated[int, typer.Option("--rounds", help="How often; every second time backwards.")] = 3,
-    requests: Annotated[int, typer.Option("--requests", help="Of each client in a round.")] = 2,
+    requests: Annotated[int, typer.Option("--requests", help="Of each client in a round.")] = 4,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens of an answer, at most.")] = 64,
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of context in all.")] = 16384,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Of each server, 0: as many as can run.")] = 0,
