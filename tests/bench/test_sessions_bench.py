@@ -109,6 +109,7 @@ def test_one_small_run(board_places: BoardPlaces, default_model: Path, tmp_path:
         hog=HogSettings(430 * MIB, rate_bytes_s=100 * MIB, hold_s=1.0),
         n_ctx=4096,
         n_threads=1,
+        spill_max="0",  # so that what was given back is read anew
     )
     document = run(plan, tmp_path, lambda _: None)
     assert document["problems"] == [] and not document["interrupted"]

@@ -41,6 +41,7 @@ class Plan:
         n_ctx: tokens of context in all.
         n_threads: of each server; 0: as many as can run.
         seed: of the texts.
+        spill_max: how much of kvpsi's conversations may be parked in files, as for `kvpsi serve`.
     """
 
     model: Path
@@ -54,6 +55,7 @@ class Plan:
     n_ctx: int = 16384
     n_threads: int = 0
     seed: int = 1
+    spill_max: str = "4G"
 
     def __post_init__(self) -> None:
         if not self.servers or min(self.conversations, self.requests) < 1:

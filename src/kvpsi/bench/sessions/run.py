@@ -25,7 +25,7 @@ def run(plan: Plan, out_dir: Path, tell: Tell) -> dict[str, Any]:
     played: list[Played] = []
     interrupted = False
     missing = missing_of(plan.servers)
-    setting = Setting(plan.model, plan.n_ctx, 4, plan.n_threads or usable_threads())
+    setting = Setting(plan.model, plan.n_ctx, 4, plan.n_threads or usable_threads(), plan.spill_max)
     try:
         see_that_boards_can_be_made(BoardSettings(plan.memory_bytes))
         for name in plan.servers:

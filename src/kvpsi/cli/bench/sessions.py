@@ -24,6 +24,7 @@ def sessions(
     pressure_mib: Annotated[int, typer.Option("--pressure-mib", help="What the neighbour grows to.")] = 1600,
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of context in all.")] = 16384,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Of each server, 0: as many as can run.")] = 0,
+    spill_max: Annotated[str, typer.Option("--spill-max", help="Of kvpsi, as for `kvpsi serve`.")] = "4G",
     seed: Annotated[int, typer.Option("--seed", help="Of the texts.")] = 1,
     out_dir: Annotated[Path, typer.Option("--out-dir", help="Where the raw data goes.")] = Path("out/bench-sessions"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -48,6 +49,7 @@ def sessions(
         hog=HogSettings(pressure_mib << 20, rate_bytes_s=200 << 20, hold_s=5.0),
         n_ctx=ctx,
         n_threads=threads,
+        spill_max=spill_max,
         seed=seed,
     )
     with status_on_stderr() as say:
