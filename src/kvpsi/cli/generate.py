@@ -16,7 +16,7 @@ from kvpsi import models, units
 from kvpsi.cli.output import print_json
 from kvpsi.cli.prompt import whole_prompt
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import cache_settings, law_settings
+from kvpsi.cli.settings import cache_settings, law_settings, remark_on_protection
 from kvpsi.errors import CacheRefusedError, EnvironmentProblem, ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -142,12 +142,8 @@ def _governed(
         yield None
         return
     with governed:
-        n_cells = governed.cache.n_cells
-        if cache.keep + cache.tail >= n_cells:
-            _say(
-                f"nothing can be forgotten: --keep {cache.keep} and --tail {cache.tail} protect all {n_cells} tokens "
-                "of the context; lower them so that memory in use can be given back"
-            )
+        if remark := remark_on_protection(cache, governed.cache.n_cells):
+            _say(remark)
         yield governed
 
 

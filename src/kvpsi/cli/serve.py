@@ -7,15 +7,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpsi import models, units
 from kvpsi.cli.output import one_line
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import cache_settings, law_settings
+from kvpsi.cli.settings import cache_settings, law_settings, remark_on_protection
 from kvpsi.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from kvpsi.serving.server import ServerSettings
 
 
 def serve(
@@ -121,7 +124,7 @@ def serve(
         govern=not no_govern,
         unified=kv_unified,
     )
-    for remark in _remarks(tail, keep, ctx, threads):
+    for remark in _remarks(settings):
         _say(remark)
     with contextlib.ExitStack() as stack:
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
@@ -152,14 +155,15 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _remarks(tail: int, keep: int, ctx: int, threads: int) -> Iterator[str]:
+def _remarks(settings: ServerSettings) -> Iterator[str]:
     """What was asked for and hardly meant."""
     from kvpsi.engines.loading import usable_threads
 
-    if ctx and keep + tail >= ctx:
-        yield f"nothing can be forgotten: --keep {keep} and --tail {tail} protect all {ctx} tokens of the cache"
-    if threads > usable_threads():
-        yield f"{threads} threads are more than the {usable_threads()} that can run; they will wait for each other"
+    load, can_run = settings.load, usable_threads()
+    if load.n_ctx and (remark := remark_on_protection(settings.cache, load.n_ctx)):
+        yield remark
+    if load.n_threads > can_run:
+        yield f"{load.n_threads} threads are more than the {can_run} that can run; they will wait for each other"
 
 
 def _text_of(template: Path | None) -> str | None:

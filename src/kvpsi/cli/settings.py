@@ -22,6 +22,16 @@ def cache_settings(keep: int, tail: int, min_prune: int) -> CacheSettings:
     return CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
 
 
+def remark_on_protection(cache: CacheSettings, n_cells: int) -> str | None:
+    """A sentence if --keep and --tail leave nothing that could be forgotten."""
+    if cache.keep + cache.tail < n_cells:
+        return None
+    return (
+        f"nothing can be forgotten: --keep {cache.keep} and --tail {cache.tail} protect all {n_cells} tokens of the "
+        "context; lower them so that memory in use can be given back"
+    )
+
+
 def law_settings(reserve: str, regrow_above: str) -> LawSettings:
     """What --reserve and --regrow-above ask for."""
     from kvpsi.governor import LawSettings

@@ -79,9 +79,8 @@ class SpillFolder:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _refuse_memory(folder)
             folder = _of_this_user(folder)
-            with FileLock(
-                folder / _LOCK, timeout=_LOCK_S, mode=0o600
-            ):  # nobody takes a folder for a leftover that is just being made
+            # nobody takes a folder for a leftover that is just being made
+            with FileLock(folder / _LOCK, timeout=_LOCK_S, mode=0o600):
                 _remove_leftovers(folder)
                 self._own = Path(tempfile.mkdtemp(prefix=_OWN_PREFIX, dir=folder))
                 self._lock = FileLock(self._own / _LOCK, mode=0o600)
