@@ -17,8 +17,9 @@ from kvpsi.errors import KvpsiError, PromptTooLongError
 from kvpsi.kv import CacheSettings
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, WaitedTooLongError
-from kvpsi.serving.request import Event, Failed, Finished, Request, Text
+from kvpsi.serving.request import Chosen, Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings
+from kvpsi.serving.step import EVEN_PIECE_TOKENS
 from kvpsi.serving.waiting import QueueFullError
 
 pytestmark = pytest.mark.engine
@@ -120,7 +121,7 @@ def test_a_conversation_that_comes_back_goes_on_in_the_same_words(engine: Engine
     expected, _ = ask(engine, prompt, max_tokens=24).finished()
     ask(engine, "An answer in between, so that the first is saved and taken out", max_tokens=4).finished()
     again, end = ask(engine, prompt, max_tokens=24).finished()
-    assert again == expected and end.cached_tokens == len(prompt) - 1
+    assert again == expected and end.cached_tokens == len(prompt) - EVEN_PIECE_TOKENS
     engine.ask(engine.sessions.clear).result()
     ask(engine, "Another one, as different as it can be from all others", max_tokens=4).finished()
     engine.ask(engine.sessions.clear).result()
@@ -128,9 +129,40 @@ def test_a_conversation_that_comes_back_goes_on_in_the_same_words(engine: Engine
     assert anew == expected and end.cached_tokens < 4, "its memory was given back, so it was read anew"
 
 
+@pytest.mark.parametrize("n_tokens", [300, 530])
+def test_whether_a_prompt_was_there_does_not_change_a_bit_of_what_is_to_be_repeatable(
+    engine: Engine, n_tokens: int
+) -> None:
+    prompt = engine.context.model.tokenize((STORY * 30).encode(), True, True)[:n_tokens]
+
+    def probabilities() -> tuple[list[Chosen], int]:
+        asked = ask(engine, prompt, max_tokens=4, top_logprobs=5)
+        events = [asked.events.get(timeout=120)]
+        while isinstance(events[-1], Text):
+            events.append(asked.events.get(timeout=120))
+        end = events.pop()
+        assert isinstance(end, Finished)
+        return [chosen for event in events if isinstance(event, Text) for chosen in event.tokens], end.cached_tokens
+
+    anew, n_anew = probabilities()
+    resting, n_resting = probabilities()
+    ask(engine, "Something else, so that it is saved and taken out", max_tokens=2).finished()
+    saved, n_saved = probabilities()
+    assert (n_anew, n_resting, n_saved) == (0, *2 * [n_tokens - EVEN_PIECE_TOKENS])
+    assert anew == resting == saved
+
+
+def test_an_answer_that_need_not_be_repeatable_begins_at_once(engine: Engine) -> None:
+    ask(engine, STORY * 6, max_tokens=2).finished()
+    again = ask(engine, STORY * 6, max_tokens=2, sampling=SamplingSettings())
+    assert again.finished()[1].cached_tokens == len(again.request.prompt) - 1
+    seeded = ask(engine, STORY * 6, max_tokens=2, sampling=SamplingSettings(seed=1))
+    assert seeded.finished()[1].cached_tokens == len(seeded.request.prompt) - EVEN_PIECE_TOKENS
+
+
 def test_the_same_beginning_is_shared_while_it_is_in_use(engine: Engine) -> None:
     beginning = STORY * 4
-    asked = [ask(engine, beginning + ending, max_tokens=16) for ending in ("lit the lamp", "slept", "wrote a letter")]
+    asked = [ask(engine, beginning + ending, max_tokens=16) for ending in ("lit the lamp", "slept and dreamt", "wrote a letter")]
     ends = [each.finished()[1] for each in asked]
     n_shared = len(engine.context.model.tokenize(beginning.encode(), True, True)) - 2
     assert sum(end.cached_tokens >= n_shared for end in ends) == 2, "one read it, the others did not"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpsi.serving.step import plan
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, plan
 
 
 @dataclass(eq=False)
@@ -15,28 +15,44 @@ class Sequence:
     left: int
 
 
-def test_everybody_who_writes_gets_a_token_and_prompts_the_rest() -> None:
+def test_everybody_who_writes_gets_a_token_and_prompts_take_turns_with_them() -> None:
     writing, long, short = [Sequence(1), Sequence(1)], Sequence(1000), Sequence(20)
-    parts = plan([long, *writing, short], most_tokens=512, most_beside=128)
-    assert [(p.sequence, p.n_tokens, p.ends) for p in parts] == [
-        (writing[0], 1, True),
-        (writing[1], 1, True),
-        (long, 128, False),
-    ]
+    waiting = [long, *writing, short]
+    answers = plan(waiting, most_tokens=512, most_beside=128, prompts_next=False)
+    assert [(p.sequence, p.n_tokens, p.ends) for p in answers] == [(writing[0], 1, True), (writing[1], 1, True)]
+    prompts = plan(waiting, most_tokens=512, most_beside=128, prompts_next=True)
+    assert [(p.sequence, p.n_tokens, p.ends) for p in prompts] == [(long, 128, False)]
 
 
 def test_prompts_are_read_together_where_nobody_writes() -> None:
     first, second = Sequence(300), Sequence(500)
-    parts = plan([first, second], most_tokens=512, most_beside=128)
-    assert [(p.sequence, p.n_tokens, p.ends) for p in parts] == [(first, 300, True), (second, 212, False)]
+    for prompts_next in (False, True):
+        parts = plan([first, second], most_tokens=512, most_beside=128, prompts_next=prompts_next)
+        assert [(p.sequence, p.n_tokens, p.ends) for p in parts] == [(first, 300, True), (second, 212, False)]
 
 
-@given(st.lists(st.integers(0, 700), max_size=12), st.integers(1, 512), st.integers(1, 512))
-def test_it_never_takes_more_than_it_may(left: list[int], most: int, beside: int) -> None:
+def test_answers_wait_for_nobody_where_no_prompt_is_left() -> None:
+    writing = Sequence(1)
+    parts = plan([writing, Sequence(0)], most_tokens=512, most_beside=128, prompts_next=True)
+    assert [(p.sequence, p.n_tokens, p.ends) for p in parts] == [(writing, 1, True)]
+
+
+@given(st.integers(64, 3000), st.integers(128, 512))
+def test_no_piece_of_a_prompt_is_so_short_that_it_would_be_rounded_in_another_way(n_tokens: int, most: int) -> None:
+    prompt, pieces = Sequence(n_tokens), []
+    while prompt.left:
+        pieces += [p.n_tokens for p in plan([prompt], most, most, prompts_next=False)]
+        prompt.left -= pieces[-1]
+    assert min(pieces) >= EVEN_PIECE_TOKENS and sum(pieces) == n_tokens
+
+
+@given(st.lists(st.integers(0, 700), max_size=12), st.integers(1, 512), st.integers(1, 512), st.booleans())
+def test_it_never_takes_more_than_it_may(left: list[int], most: int, beside: int, prompts_next: bool) -> None:
     sequences = [Sequence(n) for n in left]
-    parts = plan(sequences, most, beside)
+    parts = plan(sequences, most, beside, prompts_next=prompts_next)
     assert sum(p.n_tokens for p in parts) <= most
     assert all(0 < p.n_tokens <= p.sequence.left and p.ends == (p.n_tokens == p.sequence.left) for p in parts)
     assert bool(parts) == any(left), "there is always something to do"
+    assert len({p.sequence.left == 1 for p in parts}) <= 1, "answers and prompts are not mixed"
     if any(n == 1 for n in left):
         assert sum(p.n_tokens for p in parts if p.sequence.left > 1) <= beside

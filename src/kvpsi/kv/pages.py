@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ _MADV_NOHUGEPAGE = 15
 _MADV_DONTDUMP = 16
 _MADV_POPULATE_READ = 22
 _MADV_DODUMP = 17
+_SMAPS_HEAD = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
+_SMAPS_FIELD = re.compile(rb"^(Rss|Swap): +([0-9]+) kB", re.MULTILINE)
 
 if sys.platform == "linux":
     _libc = ctypes.CDLL(None, use_errno=True)
@@ -134,25 +137,6 @@ def present_bytes(ranges: Sequence[Mapping]) -> int:
     return int(np.count_nonzero(flags & 1)) * PAGE_BYTES
 
 
-def _smaps_blocks(text: Iterable[str]) -> Iterator[tuple[Mapping, dict[str, int]]]:
-    """Each mapping of an smaps file with its fields in bytes."""
-    mapping: Mapping | None = None
-    fields: dict[str, int] = {}
-    for line in text:
-        head, _, rest = line.partition(" ")
-        if head.endswith(":"):
-            value = rest.split()
-            if len(value) == 2 and value[1] == "kB":
-                fields[head[:-1]] = int(value[0]) * 1024
-        elif "-" in head:
-            if mapping is not None:
-                yield mapping, fields
-            low, _, high = head.partition("-")
-            mapping, fields = Mapping(int(low, 16), int(high, 16)), {}
-    if mapping is not None:
-        yield mapping, fields
-
-
 def resident_bytes(ranges: Iterable[Mapping], smaps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
     """Resident and swapped bytes of the mappings that overlap ``ranges``, as smaps counts them.
 
@@ -161,12 +145,15 @@ def resident_bytes(ranges: Iterable[Mapping], smaps: Path = Path("/proc/self/sma
     """
     wanted = list(ranges)
     rss = swapped = 0
-    with smaps.open() as lines:
-        for mapping, fields in _smaps_blocks(lines):
-            overlap = sum(max(0, min(mapping.end, w.end) - max(mapping.start, w.start)) for w in wanted)
-            if overlap:
-                rss += fields.get("Rss", 0) * overlap // mapping.n_bytes
-                swapped += fields.get("Swap", 0) * overlap // mapping.n_bytes
+    text = smaps.read_bytes()
+    for head in _SMAPS_HEAD.finditer(text):
+        start, end = (int(address, 16) for address in head.groups())
+        overlap = sum(max(0, min(end, w.end) - max(start, w.start)) for w in wanted)
+        if overlap:
+            next_head = _SMAPS_HEAD.search(text, head.end())
+            fields = dict(_SMAPS_FIELD.findall(text, head.end(), next_head.start() if next_head else len(text)))
+            rss += int(fields.get(b"Rss", 0)) * 1024 * overlap // (end - start)
+            swapped += int(fields.get(b"Swap", 0)) * 1024 * overlap // (end - start)
     return rss, swapped
 
 

@@ -40,6 +40,21 @@ class Held:
     pin: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens that are to be read, as far as they are not there already.
+
+    Attributes:
+        tokens: all of them.
+        pin: whose they are, if their client says so.
+        n_anew: of the last ones so many are read again where all are there; the last one always is.
+    """
+
+    tokens: Sequence[int]
+    pin: str | None = None
+    n_anew: int = 1
+
+
 class Conversations:
     """All of them. Used by the engine's thread only.
 
@@ -91,12 +106,12 @@ class Conversations:
 
     # -- beginning and ending ------------------------------------------------------------------------------------
 
-    def is_ready(self, prompt: Sequence[int], pin: str | None, running: Sequence[Held]) -> bool:
+    def is_ready(self, prompt: Prompt, running: Sequence[Held]) -> bool:
         """Whether what there is of a prompt is in memory; if not, it is read from its file from now on."""
         if not self._sessions.n_parked:
             return True
         in_cache = [*running, self._resting] if self._resting else running
-        match = self._worth_loading(prompt, pin, self._longest(prompt, in_cache)[1], in_memory=False)
+        match = self._worth_loading(prompt, self._longest(prompt, in_cache)[1], in_memory=False)
         if match is None or match.session.state is not None:
             return True
         session, reading = match.session, self._parking.reading
@@ -107,18 +122,15 @@ class Conversations:
         self._parking.read(session)
         return False
 
-    def begin(self, prompt: Sequence[int], pin: str | None, running: Sequence[Held]) -> tuple[int, int]:
+    def begin(self, prompt: Prompt, running: Sequence[Held]) -> tuple[int, int]:
         """A sequence for a prompt, and how many of its first tokens it holds already: all but the last one at most.
 
-        Args:
-            prompt: its tokens.
-            pin: whose it is, if its client says so.
-            running: what the sequences hold that are in use.
+        ``running`` is what the sequences hold that are in use.
         """
         resting = self._resting
         n_resting = self._usable(resting.tokens, prompt) if resting else 0
         source, n_shared = self._longest(prompt, [*running, resting] if resting else running)
-        match = self._saved(prompt, pin)
+        match = self._saved(prompt)
         n_saved = match.n_tokens if match else 0
         if resting is not None and n_resting >= max(n_saved, n_shared, 1) and 2 * n_resting >= len(resting.tokens):
             self._resting = None
@@ -126,21 +138,21 @@ class Conversations:
             return resting.seq_id, n_resting
         seq_id = self._free.popleft()
         try:
-            return seq_id, self._fill(seq_id, prompt, pin, source, n_shared)
+            return seq_id, self._fill(seq_id, prompt, source, n_shared)
         except BaseException:
             self.release(seq_id)
             raise
 
-    def _fill(self, seq_id: int, prompt: Sequence[int], pin: str | None, source: Held | None, n_shared: int) -> int:
+    def _fill(self, seq_id: int, prompt: Prompt, source: Held | None, n_shared: int) -> int:
         """Give an empty sequence what is there of a prompt; how many tokens that is."""
         cache, resting = self._context.cache, self._resting
-        match = self._worth_loading(prompt, pin, n_shared)
+        match = self._worth_loading(prompt, n_shared)
         if source is not None and match is None:
             cache.seq_cp(source.seq_id, seq_id, 0, n_shared)
             self._save_resting()
             return n_shared
         self._save_resting(match.session if match else None)  # it is among the saved ones then
-        match = self._worth_loading(prompt, pin, n_shared)
+        match = self._worth_loading(prompt, n_shared)
         if match is not None and self._load(match, seq_id):
             return match.n_tokens
         if source is None or source is resting:
@@ -212,28 +224,28 @@ class Conversations:
 
     # -- what there is -------------------------------------------------------------------------------------------
 
-    def _usable(self, held: Sequence[int], prompt: Sequence[int]) -> int:
+    def _usable(self, held: Sequence[int], prompt: Prompt) -> int:
         """How many of a prompt's first tokens can be taken from held ones."""
-        n_tokens = min(common_prefix(held, prompt), len(prompt) - 1)
+        n_tokens, last = common_prefix(held, prompt.tokens), len(prompt.tokens) - 1
+        if n_tokens >= last:
+            n_tokens = max(0, last + 1 - prompt.n_anew)
         return 0 if self._uncut and n_tokens < len(held) else n_tokens
 
-    def _longest(self, prompt: Sequence[int], sequences: Sequence[Held]) -> tuple[Held | None, int]:
+    def _longest(self, prompt: Prompt, sequences: Sequence[Held]) -> tuple[Held | None, int]:
         """The sequence that shares most first tokens with a prompt, and how many; None if that is next to nothing."""
         if not self._shares or not sequences:
             return None, 0
         n_shared, source = max(((self._usable(held.tokens, prompt), held) for held in sequences), key=lambda m: m[0])
         return (source, n_shared) if n_shared >= _LEAST_KEPT_TOKENS else (None, 0)
 
-    def _saved(self, prompt: Sequence[int], pin: str | None, *, in_memory: bool = True) -> Match | None:
+    def _saved(self, prompt: Prompt, *, in_memory: bool = True) -> Match | None:
         """The saved one that shares most first tokens with a prompt."""
-        match = self._sessions.best(prompt, pin, in_memory=in_memory)
+        match = self._sessions.best(prompt.tokens, prompt.pin, in_memory=in_memory)
         return Match(match.session, self._usable(match.session.tokens, prompt)) if match else None
 
-    def _worth_loading(
-        self, prompt: Sequence[int], pin: str | None, n_shared: int, *, in_memory: bool = True
-    ) -> Match | None:
+    def _worth_loading(self, prompt: Prompt, n_shared: int, *, in_memory: bool = True) -> Match | None:
         """A saved one that is worth its loading, if ``n_shared`` tokens can be had for nothing."""
-        match = self._saved(prompt, pin, in_memory=in_memory)
+        match = self._saved(prompt, in_memory=in_memory)
         least = max(_LEAST_KEPT_TOKENS, len(match.session.tokens) // 8) if match else 0
         return match if match is not None and match.n_tokens - n_shared >= least else None
 

@@ -30,7 +30,7 @@ from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
-from kvpsi.serving.conversations import Conversations, Held
+from kvpsi.serving.conversations import Conversations, Held, Prompt
 from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
@@ -38,7 +38,7 @@ from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.rungs import ParkedConversations, SavedConversations
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Session, Sessions
-from kvpsi.serving.step import Part, plan
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
@@ -48,6 +48,7 @@ R = TypeVar("R")
 Deliver = Callable[[list[tuple[Request, Event]]], None]
 
 _LEAST_SHARED_TOKENS = 32
+_LEAST_PIECE_TOKENS = 2  # one alone is computed in yet another way
 _RETRY_S = 0.05
 _LOOK_S = 0.25
 _REFUSED_FOR_S = 30.0
@@ -169,6 +170,7 @@ class Engine:
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=_MOST_RECENT)
         self._closing = False
         self._idle = False
+        self._prompts_next = False
         self._refused_since: float | None = None
         self._was_stopped_at: tuple[int, int, int] | None = None
         self._seeds = np.random.default_rng()
@@ -361,8 +363,8 @@ class Engine:
         if not self.sessions.n_parked:
             return True
         paused = self._paused.get(request)
-        tokens = paused.tokens if paused else request.prompt
-        return self.conversations.is_ready(tokens, request.pin, [self._held_by(other) for other in self.running])
+        prompt = _prompt_of(request, paused.tokens if paused else request.prompt)
+        return self.conversations.is_ready(prompt, [self._held_by(other) for other in self.running])
 
     def _may_begin(self, request: Request) -> bool:
         """Whether it should not rather wait for another that reads the same, or for room."""
@@ -412,7 +414,7 @@ class Engine:
             for token in request.prompt[-_PENALTY_TOKENS:] if request.sampling.penalizes else ():
                 answer.sampler.accept(token)
         running = [self._held_by(other) for other in self.running]
-        seq_id, n_done = self.conversations.begin(answer.tokens, request.pin, running)
+        seq_id, n_done = self.conversations.begin(_prompt_of(request, answer.tokens), running)
         answer.begin(seq_id, n_done)
         self.counters.cached_tokens += n_done
         self.counters.prompt_tokens += len(answer.tokens) - n_done
@@ -471,6 +473,7 @@ class Engine:
             if not any(part.sequence.writing for part in parts):
                 self.counters.prompt_s += elapsed_s
                 self.conversations.note_reading(sum(part.n_tokens for part in parts), elapsed_s)
+            self._prompts_next = parts[0].sequence.left == 1
             for part in parts:
                 part.sequence.n_done += part.n_tokens
             for answer, index in outputs:
@@ -493,7 +496,7 @@ class Engine:
         """What to decode next, after room was made for it; answers are paused where it takes that."""
         while True:
             most = min(self.context.n_batch, self.context.cache.most_at_once())
-            parts = plan(self.running, most, self.settings.chunk_beside)
+            parts = plan(self.running, most, self.settings.chunk_beside, prompts_next=self._prompts_next)
             n_tokens = sum(p.n_tokens for p in parts)
             missing = self.memory.make_room(n_tokens)
             if missing and self._grow(self.context.cache.used_cells + n_tokens):
@@ -647,6 +650,13 @@ class Engine:
             self.conversations.give_resting()
         self.context.cache.give_now()
         return self.memory.returned_bytes - before
+
+
+def _prompt_of(request: Request, tokens: Sequence[int]) -> Prompt:
+    """What is to be read for a request. Where all of it is there, so much is read again that an answer which is to be
+    repeatable follows from the same roundings as the first time."""
+    n_alike = EVEN_PIECE_TOKENS if len(tokens) >= EVEN_PIECE_TOKENS else _LEAST_PIECE_TOKENS
+    return Prompt(tokens, request.pin, n_alike if request.sampling.repeatable else 1)
 
 
 def _tell_listeners(events: list[tuple[Request, Event]]) -> None:

@@ -75,6 +75,11 @@ class SamplingSettings:
         return self.temperature <= 0 and not self.logit_bias and not self.penalizes and self.grammar is None
 
     @property
+    def repeatable(self) -> bool:
+        """Whether the same request is to get the same answer again."""
+        return self.temperature <= 0 or self.seed is not None
+
+    @property
     def penalizes(self) -> bool:
         """Whether earlier tokens count."""
         return self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
