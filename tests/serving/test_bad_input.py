@@ -72,6 +72,8 @@ def healthy(served: Served) -> Any:
         (CHAT, {**ASK, "logit_bias": {"99999999": 1}}, 400, "logit_bias"),
         (CHAT, {**ASK, "model": "another"}, 404, "another"),
         (CHAT, {**ASK, "tool_choice": "required"}, 400, "tools"),
+        (CHAT, {**ASK, "functions": [{"name": "look", "parameters": {"type": "object"}}]}, 400, "send `tools`"),
+        (CHAT, {**ASK, "function_call": {"name": "look"}}, 400, "send `tool_choice`"),
         (CHAT, {**ASK, "grammar": "root ::= ("}, 400, "GBNF"),
         (CHAT, {**ASK, "grammar": "root ::= <[4294967295]>", "temperature": 0}, 400, "grammar"),
         (CHAT, {**ASK, "grammar": "root ::= " + "(" * 10_000}, 400, "simpler"),

@@ -162,7 +162,10 @@ def test_an_answer_that_need_not_be_repeatable_begins_at_once(engine: Engine) ->
 
 def test_the_same_beginning_is_shared_while_it_is_in_use(engine: Engine) -> None:
     beginning = STORY * 4
-    asked = [ask(engine, beginning + ending, max_tokens=16) for ending in ("lit the lamp", "slept and dreamt", "wrote a letter")]
+    asked = [
+        ask(engine, beginning + ending, max_tokens=16)
+        for ending in ("lit the lamp", "slept and dreamt", "wrote a letter")
+    ]
     ends = [each.finished()[1] for each in asked]
     n_shared = len(engine.context.model.tokenize(beginning.encode(), True, True)) - 2
     assert sum(end.cached_tokens >= n_shared for end in ends) == 2, "one read it, the others did not"

@@ -63,7 +63,8 @@ def _status(url: str, api_key: str) -> dict[str, Any]:
         url = f"http://{url}"
     if not url.lower().startswith(("http://", "https://")):
         raise UsageError(f"{url} is no address of a server; give one that begins with http:// or https:// with --url.")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    keys = api_key.replace(",", " ").split()  # a server may have been given several by the same variable
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/kvpsi/status"
     try:
         request = urllib.request.Request(address, headers=headers)

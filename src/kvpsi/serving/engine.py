@@ -218,11 +218,13 @@ class Engine:
     def ask(self, job: Callable[[], R]) -> Future[R]:
         """Have something done by the engine's thread between two steps."""
         do, future = job_of(job)
-        if self._closing:
-            future.set_exception(ShuttingDownError("The server is shutting down."))
-        else:
+        if not self._closing:
             self._jobs.put(do)
-        return future
+            if not (self._ended.done() and future.cancel()):  # it may have ended just before
+                return future
+        refused: Future[R] = Future()
+        refused.set_exception(ShuttingDownError("The server is shutting down."))
+        return refused
 
     def end_soon(self) -> None:
         """Have all answers end with an error, without waiting for it."""
@@ -294,10 +296,10 @@ class Engine:
                 return  # one at a time, so that whoever asks again at once does not keep all others waiting
 
     def _leave_no_job(self) -> None:
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
-                job()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if job := self._jobs.get_nowait():
+                    job()
 
     def _flush(self) -> None:
         if self._events:

@@ -136,7 +136,7 @@ class Service:
             cached_tokens=counters.cached_tokens,
             generated_tokens=counters.generated_tokens,
             tokens_per_second=engine.tokens_per_second(),
-            prompt_tokens_per_second=1 / engine.conversations.recompute_s(1),
+            prompt_tokens_per_second=1 / engine.conversations.recompute_s(1) if counters.prompt_s else 0.0,
             busy_s=counters.busy_s,
             prompt_s=counters.prompt_s,
             finished=counters.finished,

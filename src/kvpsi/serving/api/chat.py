@@ -65,6 +65,9 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
 
 def _tools_of(body: ChatRequest, service: Service) -> Sequence[Mapping[str, Any]] | None:
     """The tools that the model is told of."""
+    for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
+        if getattr(body, old, None):
+            raise ApiError(400, f"`{old}` is the old name of `{new}` and is not understood; send `{new}`.", param=old)
     if not body.tools or body.tool_choice == "none":
         if isinstance(body.tool_choice, dict) or body.tool_choice == "required":
             raise ApiError(400, "tool_choice asks for a tool, but there are none in `tools`.", param="tool_choice")
