@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +45,12 @@ class Shape:
 
 @contextlib.contextmanager
 def open_context(
-    model: llama_cpp.llama_model_p, shape: Shape, *, cb_eval: object = None
+    model: llama_cpp.llama_model_p,
+    shape: Shape,
+    *,
+    change: Callable[[llama_cpp.llama_context_params], None] = lambda _: None,
 ) -> Iterator[llama_cpp.llama_context_p]:
-    """A context of that shape; ``cb_eval`` is a `llama_cpp.ggml_backend_sched_eval_callback` to be kept alive."""
+    """A context of that shape, with parameters that ``change`` may change."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = shape.n_ctx
     params.n_batch = shape.n_batch
@@ -60,8 +63,7 @@ def open_context(
     params.flash_attn_type = (
         llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if shape.flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
-    if cb_eval is not None:
-        params.cb_eval = cb_eval
+    change(params)
     ctx = llama_cpp.llama_init_from_model(model, params)
     assert ctx is not None
     try:

@@ -63,8 +63,7 @@ def gemma(gemma_model: Path) -> Iterator[llama_cpp.llama_model_p]:
 @contextlib.contextmanager
 def elastic(model: llama_cpp.llama_model_p, shape: Shape = SMALL, **options: Any) -> Iterator[ElasticCache]:
     options.setdefault("settings", SETTINGS)
-    cb_eval = options.pop("cb_eval", None)
-    with open_context(model, shape, cb_eval=cb_eval) as ctx:
+    with open_context(model, shape, change=options.pop("change", lambda _: None)) as ctx:
         cache = ElasticCache(ctx, **options)
         try:
             yield cache
@@ -235,7 +234,7 @@ def test_every_predicted_cell_is_the_one_that_llama_cpp_wrote(
     truth = WrittenCells(layers)
     rng = random.Random(f"{which} {shape}")
     most = shape.n_batch // shape.n_seq
-    with elastic(model, shape, cb_eval=truth.callback) as cache:
+    with elastic(model, shape, change=truth.put_into) as cache:
         recorded = watch_commits(cache)
         for layer in layers:
             truth.take(layer)  # what was probed

@@ -43,7 +43,7 @@ def sections(draw: st.DrawFn) -> SectionState:
     def rows(n_rows: int) -> TensorRows:
         size = draw(st.integers(1, 6))
         n = size * n_rows * n_cells
-        return TensorRows(size, n_rows, draw(st.binary(min_size=n, max_size=n)))
+        return TensorRows(size, n_rows, draw(st.binary(min_size=n, max_size=n)), 1)
 
     return SectionState(
         n_stream,
@@ -76,8 +76,8 @@ def test_a_sequence_without_cells_is_an_empty_section() -> None:
 
 
 def _sample() -> SectionState:
-    keys = tuple(TensorRows(8, 1, bytes(range(16))) for _ in range(2))
-    values = tuple(TensorRows(4, 1, bytes(range(8))) for _ in range(2))
+    keys = tuple(TensorRows(8, 1, bytes(range(16)), 1) for _ in range(2))
+    values = tuple(TensorRows(4, 1, bytes(range(8)), 1) for _ in range(2))
     return SectionState(1, 0, (0, 1), ((0,), (0,)), False, keys, values)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvpsi.generation import Answer, Report
     from kvpsi.governor import LawSettings
     from kvpsi.kv import CacheSettings
+    from kvpsi.kv.policies import EvictionPolicy
 
 _SHORT_S = 2.0
 _BUSY_SHARE = 0.25
@@ -53,6 +54,7 @@ def generate(
     keep: Annotated[int, typer.Option("--keep", help="First tokens that are never forgotten.")] = 16,
     tail: Annotated[int, typer.Option("--tail", help="Last tokens that are never forgotten.")] = 256,
     min_prune: Annotated[int, typer.Option("--min-prune", help="Least tokens forgotten at once.")] = 64,
+    policy: Annotated[str, typer.Option("--policy", help="What is forgotten first: auto, streaming, ...")] = "auto",
     cache_limit: Annotated[str, typer.Option("--cache-limit", help="Most of the cache to use: 70%, 0.7.")] = "100%",
     reserve: Annotated[str, typer.Option("--reserve", help="Headroom to keep free: 64M; auto.")] = "auto",
     regrow_above: Annotated[str, typer.Option("--regrow-above", help="Headroom from which to grow back.")] = "auto",
@@ -64,12 +66,13 @@ def generate(
     from kvpsi.cli.eventlog import EventLog
     from kvpsi.engines.loading import LoadSettings, preview, show_errors_only, usable_threads
     from kvpsi.generation import Answer, Sampling
+    from kvpsi.kv.policies import policy_named
 
     if log is not None and no_govern:
         raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     load = LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type)
     sampling = Sampling(n_predict, temperature, seed, repeat_penalty)
-    cache = cache_settings(keep, tail, min_prune)
+    cache, choice = cache_settings(keep, tail, min_prune), policy_named(policy)
     law = law_settings(reserve, regrow_above)
     share = units.parse_share(cache_limit)
     files = file or []
@@ -84,7 +87,7 @@ def generate(
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(contextlib.closing(_open(path, n_ctx, load)))
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
-        governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, events))
+        governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, choice, events))
         answer = Answer(llm, governed, text, sampling)
         with _remark_on_busy_processors(load.n_threads or usable_threads()):
             written = _write(answer, governed, known.prompt_tokens, show=not json)
@@ -129,14 +132,19 @@ def _open(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
 
 @contextlib.contextmanager
 def _governed(
-    llm: llama_cpp.Llama, share: float, law: LawSettings, cache: CacheSettings, events: EventLog | None
+    llm: llama_cpp.Llama,
+    share: float,
+    law: LawSettings,
+    cache: CacheSettings,
+    policy: EvictionPolicy,
+    events: EventLog | None,
 ) -> Iterator[GovernedLlama | None]:
     """The governed model, or None with a remark where its cache has to be left alone."""
     from kvpsi.engines.llama import govern
     from kvpsi.errors import LayoutError
 
     try:
-        governed = govern(llm, cache_limit=share, settings=law, cache_settings=cache, instrument=events)
+        governed = govern(llm, cache_limit=share, settings=law, cache_settings=cache, policy=policy, instrument=events)
     except LayoutError as error:
         _say(f"not governed: {error}")
         yield None

@@ -62,6 +62,9 @@ def serve(
     min_prune: Annotated[
         int, typer.Option("--min-prune", envvar="KVPSI_MIN_PRUNE", help="Least tokens forgotten at once.")
     ] = 64,
+    policy: Annotated[
+        str, typer.Option("--policy", envvar="KVPSI_POLICY", help="What is forgotten first: auto, streaming, ...")
+    ] = "auto",
     cache_limit: Annotated[
         str, typer.Option("--cache-limit", envvar="KVPSI_CACHE_LIMIT", help="Most of the cache to use: 70%, 0.7.")
     ] = "100%",
@@ -96,6 +99,7 @@ def serve(
             f"The server needs packages that are not installed ({error.name}): `pip install kvpsi[serve]` does that."
         ) from error
     from kvpsi.cli.eventlog import EventLog
+    from kvpsi.kv.policies import policy_named
 
     api_keys = _keys(api_key, api_key_file)
     if log is not None and no_govern:
@@ -111,6 +115,7 @@ def serve(
         load=LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type),
         engine=EngineSettings(parallel=parallel, most_waiting=queue),
         cache=cache_settings(keep, tail, min_prune),
+        policy=policy_named(policy),
         law=law_settings(reserve, regrow_above),
         cache_limit=units.parse_share(cache_limit),
         api_keys=api_keys,

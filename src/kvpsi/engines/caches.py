@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import time
 from collections.abc import Callable
 
 import llama_cpp
@@ -12,7 +14,10 @@ from kvpsi.errors import LayoutError
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings, RebuiltCache
 from kvpsi.kv.layout import refuse_unsupported, seq_state
-from kvpsi.kv.policies import EvictionPolicy, Streaming
+from kvpsi.kv.pages import can_release
+from kvpsi.kv.policies import Auto, EvictionPolicy, Streaming
+from kvpsi.kv.questions import Questions
+from kvpsi.kv.rebuild.context import RebuiltContext
 from kvpsi.kv.statedata import address_of
 
 log = logging.getLogger("kvpsi")
@@ -27,8 +32,28 @@ MakeCache = Callable[[llama_cpp.Llama, CacheSettings | None, EvictionPolicy | No
 def make_elastic(
     llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
 ) -> GatedCache:
-    """A cache that gives back pages."""
-    return ElasticCache(llm.ctx, settings=settings, policy=policy, instrument=instrument)
+    """A cache that gives back pages; the context is made anew where the policy heeds questions."""
+    policy = policy or Auto()
+    questions = _open_to_questions(llm) if policy.heeds_questions and can_release() else None
+    return ElasticCache(llm.ctx, settings=settings, policy=policy, instrument=instrument, questions=questions)
+
+
+def _open_to_questions(llm: llama_cpp.Llama) -> Questions:
+    """Make the empty context anew, such that the questions in it can be read."""
+    questions = Questions()
+    questions.tap.put_into(llm._ctx.params)
+    n_cells = int(llama_cpp.llama_n_ctx(llm.ctx))
+    context = RebuiltContext(llm._ctx, functools.partial(_equip, llm), lambda _: None, time.monotonic)
+    context.resize(n_cells, n_cells)
+    return questions
+
+
+def _equip(llm: llama_cpp.Llama, ctx: llama_cpp.llama_context_p) -> bool:
+    """Attach what else the model's first context had; False if that failed."""
+    if llm._lora_adapter is None:
+        return True
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
+    return bool(llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale)) == 0)
 
 
 def make_rebuilt(
@@ -40,14 +65,8 @@ def make_rebuilt(
     pace: RebuildSettings | None = None,
 ) -> GatedCache:
     """A cache that is resized by rebuilding the context; it knows no policy but the default."""
-    if policy is not None and not isinstance(policy, Streaming):
+    if policy is not None and not isinstance(policy, Streaming | Auto):
         log.warning("kvpsi forgets the oldest tokens first where the context is rebuilt; the policy is not used.")
-
-    def equip(ctx: llama_cpp.llama_context_p) -> bool:
-        if llm._lora_adapter is None:
-            return True
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
-        return bool(llama_cpp.llama_set_adapters_lora(ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale)) == 0)
 
     def on_rebuilt(kept: bool) -> None:
         llm._requires_eval = True
@@ -55,7 +74,12 @@ def make_rebuilt(
             llm.n_tokens = 0
 
     return RebuiltCache(
-        llm._ctx, settings=settings, pace=pace, instrument=instrument, equip=equip, on_rebuilt=on_rebuilt
+        llm._ctx,
+        settings=settings,
+        pace=pace,
+        instrument=instrument,
+        equip=functools.partial(_equip, llm),
+        on_rebuilt=on_rebuilt,
     )
 
 
@@ -102,5 +126,6 @@ def make_cache(
         raise
     if state and not cache.load_sequence(state, ONLY_SEQUENCE):
         llm.n_tokens = 0
+    cache.note_tokens(ONLY_SEQUENCE, llm.input_ids[: llm.n_tokens].tolist())
     llm._requires_eval = True
     return cache

@@ -212,6 +212,7 @@ class GovernedLlama:
         llm.n_tokens = state.n_tokens
         llm._requires_eval = True
         llm._seed = state.seed
+        self.cache.note_tokens(ONLY_SEQUENCE, llm.input_ids[: llm.n_tokens].tolist())
 
     def _forget_unless_kept(self) -> None:
         """After a state was refused: nothing is taken for granted unless the cache is what it was."""
@@ -249,7 +250,7 @@ def govern(
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
     Unused cache memory goes back to the operating system at once and is taken again as tokens come; when others need
-    memory, the oldest tokens between the first ``keep`` and the last ``tail`` are forgotten and their memory goes
+    memory, tokens between the first ``keep`` and the last ``tail`` are forgotten and their memory goes
     back, too. The model's public methods work as before.
 
     Where pages cannot be given back (cells on a GPU, an unknown layout, not Linux), the context is saved, freed and
@@ -260,7 +261,7 @@ def govern(
         cache_limit: largest share (0..1] of the cache's cells to use, as `set_cache_limit`.
         settings: constants of the control law.
         cache_settings: what eviction must leave alone.
-        policy: what is forgotten first (default: the oldest).
+        policy: what is forgotten first (default: `kvpsi.kv.policies.Auto`, for which the context is made anew).
         source: where readings come from (default: this machine's kernel).
         instrument: sees every reading, decision and release.
         rebuild: whether the context may be rebuilt where pages cannot be given back; `RebuildSettings` allow it and

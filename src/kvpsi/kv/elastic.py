@@ -6,6 +6,7 @@ threads may call what a governor needs (`kvpsi.governor.Governed`), which waits 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import mmap
@@ -30,19 +31,23 @@ from kvpsi.kv.gated import (
     Trim,
     exclusive,
 )
-from kvpsi.kv.layout import discover, seq_state_apart
+from kvpsi.kv.keys import Keys
+from kvpsi.kv.layout import Section, discover, seq_state_apart
 from kvpsi.kv.policies import EvictionPolicy, Streaming
 from kvpsi.kv.policies.base import CellView, view_of
+from kvpsi.kv.questions import Questions
 from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, StateBytes, address_of, parse_state
 from kvpsi.kv.tracker import NOTHING, KeyRows, Micro, Release, SectionTracker
 from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
+from kvpsi.kv.vocabulary import Vocabulary
 from kvpsi.status import CacheStatus
 
 log = logging.getLogger("kvpsi")
 
 _MOST_PAIRS = 1 << 20
 _LEAST_PIECE_TOKENS = 128
+_SCORE_AT_ONCE_S, _SCORE_A_DECODE_S = 0.012, 0.004
 
 IntArray64 = npt.NDArray[np.int64]
 
@@ -67,6 +72,7 @@ class ElasticCache(GatedCache):
         policy: EvictionPolicy | None = None,
         instrument: Instrument | None = None,
         on_forgotten: Callable[[Forgotten], None] | None = None,
+        questions: Questions | None = None,
     ) -> None:
         self.ctx = ctx
         self.policy = policy or Streaming()
@@ -76,6 +82,11 @@ class ElasticCache(GatedCache):
         sections = discover(ctx)
         self.trackers = [SectionTracker(s, self._n_seq) for s in sections]
         self._n_swa = max(s.n_swa for s in sections)
+        self._vocabulary = Vocabulary(ctx)
+        self._keys = _keys_of(ctx, sections)
+        self.questions = questions if self._keys and questions is not None and questions.attach(ctx) else None
+        self._decodes = 0
+        self._used_at = np.zeros(self._n_seq, dtype=np.int64)
         self._n_cells = sections[0].n_cells * sections[0].n_stream
         super().__init__(settings, instrument, on_forgotten)
         self._held = np.zeros(self._n_seq, dtype=np.int64)  # cells that each sequence sees
@@ -200,6 +211,7 @@ class ElasticCache(GatedCache):
     ) -> int:
         """`llama_decode`, through the allocation gate; see `GatedCache.decode`."""
         with self._busy:
+            self._score_questions_if_short()
             run = self._run
             if run is not None and batch.n_tokens == 1 and run.gate == self._gate:
                 token = run.next(batch)
@@ -254,6 +266,10 @@ class ElasticCache(GatedCache):
             if run and token:
                 self._run = run
                 return self._decode_next(run, batch, token, stoppable=stoppable)
+        with self._reading_questions(batch, tokens):
+            return self._decode_tokens(batch, tokens, stoppable)
+
+    def _decode_tokens(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
         micro = self._split(tokens)
         plans = [t.plan(tokens, micro) for t in self.trackers] if self.trusted else []
         if len(self.trackers) > 1 and any(p is None for p in plans):
@@ -328,6 +344,8 @@ class ElasticCache(GatedCache):
             for placements in plan:
                 tracker.commit(tokens, placements)
         seqs = np.fromiter((s for each in tokens.seqs for s in each), dtype=np.intp)
+        self._decodes += 1
+        self._used_at[seqs] = self._decodes
         self._held = self._held + np.bincount(seqs, minlength=self._n_seq)
         self._protected = self._protected_of(self._held)
 
@@ -356,6 +374,7 @@ class ElasticCache(GatedCache):
                 tracker.touch_all()
                 tracker.mirror.forget_bytes()
         self._count_held()
+        self._lose_questions(-1)
         self.distrust_reason = None
         self._rewritten = self._copying  # a stream copy is made all the same, into cells that nobody needs
         self._copying = False
@@ -375,6 +394,8 @@ class ElasticCache(GatedCache):
             done = bool(llama_cpp.llama_memory_seq_rm(self._memory, seq_id, p0, p1))
             if done:
                 self._each_stream(seq_id, lambda s: s.seq_rm(seq_id, p0, p1))
+                if p1 < 0:
+                    self._lose_questions(seq_id, p0)
                 self._release_if_worthwhile()
             return done
 
@@ -411,6 +432,7 @@ class ElasticCache(GatedCache):
         """`llama_memory_seq_add`; llama.cpp rotates all keys at the next decode."""
         llama_cpp.llama_memory_seq_add(self._memory, seq_id, p0, p1, shift)
         self._each_stream(seq_id, lambda s: s.seq_add(seq_id, p0, p1, shift))
+        self._lose_questions(seq_id)
         self._rewritten = True
 
     @exclusive
@@ -418,6 +440,7 @@ class ElasticCache(GatedCache):
         """`llama_memory_seq_div`; llama.cpp rotates all keys at the next decode."""
         llama_cpp.llama_memory_seq_div(self._memory, seq_id, p0, p1, divisor)
         self._each_stream(seq_id, lambda s: s.seq_div(seq_id, p0, p1, divisor))
+        self._lose_questions(seq_id)
         self._rewritten = True
 
     @exclusive
@@ -468,6 +491,16 @@ class ElasticCache(GatedCache):
             elif len(tokens):
                 tracker.commit(tokens, plan[0])
         return True
+
+    @exclusive
+    def note_tokens(self, seq_id: int, tokens: Sequence[int]) -> None:
+        """Say which tokens a loaded sequence holds, from position 0 on: a saved state does not."""
+        known = np.asarray(tokens, dtype=np.int32)
+        for tracker in self.trackers:
+            cells = tracker.mirror.stream_of(seq_id)
+            mine = cells.cells_of(seq_id)
+            mine = mine[(cells.token[mine] == UNKNOWN_TOKEN) & (cells.pos[mine] < len(known))]
+            cells.token[mine] = known[cells.pos[mine]]
 
     def _ask_to_replace(self, seq_id: int, n_tokens: int) -> None:
         """Raise CacheRefusedError unless so many tokens could be had in place of what the sequence holds."""
@@ -592,7 +625,7 @@ class ElasticCache(GatedCache):
         return trim
 
     def _evict_from(self, stream: int, n_cells: int) -> int:
-        view = self._view(self.trackers[0].mirror.streams[stream])
+        view = self._view_to_choose(stream)
         chosen = self.policy.choose(view, n_cells)
         chosen = chosen[view.evictable[chosen]]
         if not chosen.size:
@@ -604,6 +637,62 @@ class ElasticCache(GatedCache):
 
     def _view(self, cells: StreamCells) -> CellView:
         return view_of(cells, keep=self.settings.keep, tail=self._tail, block_cells=self.block_cells)
+
+    def _view_to_choose(self, stream: int) -> CellView:
+        """A view with all that a policy may want to know."""
+        cells = self.trackers[0].mirror.streams[stream]
+        attention = None
+        if self.questions is not None and self.policy.heeds_questions:
+            if self.questions.pending:
+                self.score_questions(_SCORE_AT_ONCE_S)
+            attention = self.questions.attention(cells.pos, self._sequences_of(stream))
+        return view_of(
+            cells,
+            keep=self.settings.keep,
+            tail=self._tail,
+            block_cells=self.block_cells,
+            used_at=self._used_at,
+            keys=self._keys[stream] if self._keys else None,
+            ends_sentence=self._vocabulary.ends_sentence,
+            attention=attention,
+        )
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def _reading_questions(
+        self, batch: llama_cpp.llama_batch, tokens: Tokens
+    ) -> contextlib.AbstractContextManager[None]:
+        if self.questions is None or len(tokens) == 1 or not tokens.n_outputs or not self.policy.heeds_questions:
+            return contextlib.nullcontext()
+        outputs = np.zeros(len(tokens), dtype=np.bool_)
+        if batch.logits:
+            outputs |= np.ctypeslib.as_array(batch.logits, (len(tokens),)) != 0
+        else:
+            outputs[-1] = True
+        return self.questions.reading(tokens, outputs)
+
+    def _lose_questions(self, seq_id: int, from_pos: int = 0) -> None:
+        if self.questions is not None:
+            self.questions.forget(seq_id, from_pos)
+
+    def _sequences_of(self, stream: int) -> range:
+        """The sequences whose cells lie in a stream."""
+        n_stream = self.trackers[0].mirror.n_stream
+        return range(self._n_seq) if n_stream == 1 else range(stream, stream + 1)
+
+    def score_questions(self, budget_s: float) -> bool:
+        """Go on for about so long with finding out what the pending questions attend to; whether all is known then."""
+        if self.questions is None:
+            return True
+        for stream, cells in enumerate(self.trackers[0].mirror.streams):
+            self.questions.advance(self._keys[stream], cells.pos, cells.owner, self._sequences_of(stream), budget_s)
+        return not self.questions.pending
+
+    def _score_questions_if_short(self) -> None:
+        """A little before each decode while memory is getting short, so that it is known when it is needed."""
+        short = self.max_chunk_tokens is not None or min(self._gate) < self._n_cells
+        if short and self.questions is not None and self.questions.pending:
+            self.score_questions(_SCORE_A_DECODE_S)
 
     def _forget(self, stream: int, chosen: IntArray) -> None:
         cells = self.trackers[0].mirror.streams[stream]
@@ -654,6 +743,15 @@ def _ranges(chosen: IntArray, held: IntArray) -> list[tuple[int, int]]:
     starts = np.concatenate([[0], breaks + 1])
     ends = np.concatenate([breaks, [len(chosen) - 1]])
     return [(int(chosen[a]), int(chosen[b])) for a, b in zip(starts, ends, strict=True)]
+
+
+def _keys_of(ctx: llama_cpp.llama_context_p, sections: Sequence[Section]) -> list[Keys]:
+    """The keys of each stream; none with a sliding window, whose layers are not all in one cache."""
+    if len(sections) > 1:
+        return []
+    n_heads = int(llama_cpp.llama_model_n_head_kv(llama_cpp.llama_get_model(ctx)))
+    (section,) = sections
+    return [Keys(planes, section.key_type, n_heads, section.n_cells) for planes in section.keys]
 
 
 def _saved_tokens(section: SectionState, seq_id: int) -> Tokens:

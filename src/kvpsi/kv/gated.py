@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -399,6 +399,9 @@ class GatedCache(ABC):
     @abstractmethod
     def load_sequence(self, state: StateBytes, seq_id: int) -> bool:
         """`llama_state_seq_set_data` of a sequence's saved state, through the gate. False if llama.cpp refused it."""
+
+    def note_tokens(self, seq_id: int, tokens: Sequence[int]) -> None:  # noqa: B027 - most need not know
+        """Say which tokens a loaded sequence holds, from position 0 on: a saved state does not."""
 
     @abstractmethod
     def evict(self, n_cells: int) -> Trim:

@@ -40,12 +40,15 @@ class Section:
     """One KV cache of a context; sliding-window models have two.
 
     ``planes[s]`` are the planes of stream s; the first is layer 0's K, whose rows serve to verify predictions.
+    ``keys[s]`` are those of its K, a layer each, whose values are of ggml's type ``key_type``.
     """
 
     n_cells: int
     n_swa: int
     planes: tuple[tuple[Plane, ...], ...]
     extent: pages.Mapping
+    keys: tuple[tuple[Plane, ...], ...] = ()
+    key_type: int = 0
 
     @property
     def n_stream(self) -> int:
@@ -192,15 +195,20 @@ def _still_there(state: SectionState, found: list[tuple[int, int]]) -> tuple[int
 
 def _section(state: SectionState, base: int, n_cells: int, n_swa: int) -> Section:
     tensors, total = _tensors(state, n_cells)
-    streams = []
-    for stream in range(state.n_stream):
-        planes = [
-            Plane(address, tensor.rows.bytes_per_cell)
-            for tensor in tensors
-            for address, _ in tensor.cell_bytes(base, n_cells, stream)
-        ]
-        streams.append(tuple(planes))
-    return Section(n_cells, n_swa, tuple(streams), pages.Mapping(base, base + total))
+    of_keys = [tensor for tensor in tensors if any(tensor.rows is rows for rows in state.keys)]
+
+    def planes(some: list[_Tensor]) -> tuple[tuple[Plane, ...], ...]:
+        return tuple(
+            tuple(
+                Plane(address, tensor.rows.bytes_per_cell)
+                for tensor in some
+                for address, _ in tensor.cell_bytes(base, n_cells, stream)
+            )
+            for stream in range(state.n_stream)
+        )
+
+    extent = pages.Mapping(base, base + total)
+    return Section(n_cells, n_swa, planes(tensors), extent, planes(of_keys), state.keys[0].ggml_type)
 
 
 def _stream_sizes(ctx: llama_cpp.llama_context_p, n_swa: int) -> list[int]:

@@ -30,12 +30,13 @@ class TensorRows:
 
     ``bytes_per_cell`` is the row size, or with ``n_rows`` > 1 (V transposed) the size of one element, of which
     there are ``n_rows`` rows. ``data`` holds [n_rows, cells, bytes_per_cell] in that order, where it lies in
-    the state: it is not copied.
+    the state: it is not copied. ``ggml_type`` is ggml's number of the values' type.
     """
 
     bytes_per_cell: int
     n_rows: int
     data: memoryview
+    ggml_type: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +108,14 @@ def _parse_section(cursor: _Cursor, ext: int) -> SectionState:
             raise LayoutError("The saved state of the context has an unknown layer header.")
         keys = []
         for _ in range(n_layer):
-            cursor.u32()
+            ggml_type = cursor.u32()
             row = cursor.u64()
-            keys.append(TensorRows(row, 1, cursor.take(row * count)))
+            keys.append(TensorRows(row, 1, cursor.take(row * count), ggml_type))
         values = []
         for _ in range(n_layer if cursor.left else 0):
-            cursor.u32()
+            ggml_type = cursor.u32()
             size, n_rows = (cursor.u32(), cursor.u32()) if v_transposed else (cursor.u64(), 1)
-            values.append(TensorRows(size, n_rows, cursor.take(size * n_rows * count)))
+            values.append(TensorRows(size, n_rows, cursor.take(size * n_rows * count), ggml_type))
         found = SectionState(
             n_stream, stream, tuple(positions), tuple(owners), bool(v_transposed), tuple(keys), tuple(values)
         )

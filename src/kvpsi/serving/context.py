@@ -18,6 +18,9 @@ from kvpsi.errors import CacheRefusedError, EnvironmentProblem, LayoutError, Usa
 from kvpsi.instrument import Instrument
 from kvpsi.kv import CacheSettings, ElasticCache
 from kvpsi.kv.fixed import FixedCache
+from kvpsi.kv.pages import can_release
+from kvpsi.kv.policies import Auto, EvictionPolicy
+from kvpsi.kv.questions import Questions
 
 log = logging.getLogger("kvpsi")
 
@@ -37,6 +40,7 @@ class ContextPlan:
         load: threads, type of the cache, and the cells that are wanted (``n_ctx``), as far as there is room.
         n_seq: sequences that there can be at once.
         settings: what forgetting must leave alone.
+        policy: what is forgotten first.
         unified: whether all sequences share all cells; else each has an equal part to itself.
         cache_limit: most of the cache to use, a share.
         elastic: whether memory is to be given back, where that is possible.
@@ -45,6 +49,7 @@ class ContextPlan:
     load: LoadSettings
     n_seq: int
     settings: CacheSettings = field(default_factory=CacheSettings)
+    policy: EvictionPolicy = field(default_factory=Auto)
     unified: bool = True
     cache_limit: float = 1.0
     elastic: bool = True
@@ -103,6 +108,9 @@ class ServedContext:
 
     def _make(self, n_cells: int) -> None:
         params = _context_params(self.plan, n_cells)
+        questions = Questions() if self.plan.policy.heeds_questions and self.plan.elastic and can_release() else None
+        if questions is not None:
+            questions.tap.put_into(params)
         ctx = llama_cpp.llama_init_from_model(self.model.model, params)
         if not ctx:
             raise EnvironmentProblem(
@@ -110,16 +118,22 @@ class ServedContext:
             )
         self.ctx = ctx
         try:
-            self.cache = self._make_cache(ctx)
+            self.cache = self._make_cache(ctx, questions)
         except BaseException:
             llama_cpp.llama_free(ctx)
             raise
         self.cache.cap_cells = int(self.plan.cache_limit * self.cache.n_cells)
 
-    def _make_cache(self, ctx: llama_cpp.llama_context_p) -> ElasticCache | FixedCache:
+    def _make_cache(self, ctx: llama_cpp.llama_context_p, questions: Questions | None) -> ElasticCache | FixedCache:
         if self.plan.elastic:
             try:
-                return ElasticCache(ctx, settings=self.plan.settings, instrument=self._instrument)
+                return ElasticCache(
+                    ctx,
+                    settings=self.plan.settings,
+                    policy=self.plan.policy,
+                    instrument=self._instrument,
+                    questions=questions,
+                )
             except LayoutError as error:
                 log.warning("kvpsi gives no memory of this model back: %s", error)
                 llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), False)

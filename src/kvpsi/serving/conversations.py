@@ -260,6 +260,7 @@ class Conversations:
                 return False
         except (CacheRefusedError, LayoutError):
             return False
+        cache.note_tokens(seq_id, session.tokens)
         if len(session.tokens) > match.n_tokens:
             cache.seq_rm(seq_id, match.n_tokens, -1)
         session.n_reads = 0

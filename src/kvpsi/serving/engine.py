@@ -405,6 +405,8 @@ class Engine:
         lost = context.grow(target)
         for answer in [a for a in self.running if a.seq_id in lost]:
             answer.n_done = 0
+        for answer in self.running:
+            context.cache.note_tokens(answer.seq_id, answer.tokens[: answer.n_done])
         self.conversations.note_lost(lost)
         return context.cache.n_cells > now
 

@@ -24,6 +24,7 @@ from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
 from kvpsi.governor import LawSettings
 from kvpsi.instrument import Instrument, Instruments
 from kvpsi.kv import CacheSettings
+from kvpsi.kv.policies import Auto, EvictionPolicy
 from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure import open_source
 from kvpsi.serving.api.app import make_app
@@ -51,6 +52,7 @@ class ServerSettings:
         load: of the model; ``n_ctx`` are the tokens that all conversations together may hold.
         engine: how requests share it.
         cache: what forgetting must leave alone.
+        policy: what is forgotten first.
         law: constants of the control law.
         cache_limit: most of the cache to use, a share.
         api_keys: any of them opens it; none: everybody may come in.
@@ -72,6 +74,7 @@ class ServerSettings:
     load: LoadSettings = field(default_factory=LoadSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    policy: EvictionPolicy = field(default_factory=Auto)
     law: LawSettings = field(default_factory=LawSettings)
     cache_limit: float = 1.0
     api_keys: tuple[str, ...] = ()
@@ -252,6 +255,7 @@ class Server:
             load,
             n_seq=s.engine.parallel + 1,
             settings=s.cache,
+            policy=s.policy,
             unified=s.unified,
             cache_limit=s.cache_limit,
             elastic=s.govern,

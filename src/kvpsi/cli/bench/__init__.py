@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from kvpsi.cli.bench import elastic, oom, pressure, react, sessions, throughput
+from kvpsi.cli.bench import elastic, oom, pressure, quality, react, sessions, throughput
 
 app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
 app.command()(elastic.elastic)
 app.command()(oom.oom)
 app.command()(pressure.pressure)
+app.command()(quality.quality)
 app.command()(react.react)
 app.command()(sessions.sessions)
 app.command()(throughput.throughput)

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvpsi.kv.cells import EMPTY, BoolArray, IntArray, StreamCells
+from kvpsi.kv.keys import Keys
+from kvpsi.kv.segments import segments_of
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
+IntArray64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class CellView:
     """The cells of one stream as a policy sees them.
 
-    ``pos`` [n_cells] holds positions (``EMPTY`` where free), ``owner`` [n_cells, n_seq] who sees a cell,
-    ``protected`` [n_cells] what must stay: the first ``keep`` and last ``tail`` positions of each sequence.
+    Attributes:
+        pos: positions, ``EMPTY`` where free; shape [n_cells].
+        owner: who sees a cell; shape [n_cells, n_seq].
+        protected: what must stay: the first ``keep`` and last ``tail`` positions of each sequence; shape [n_cells].
+        block_cells: so many cells side by side are a block, of which most lies in whole pages.
+        token: which token a cell holds, negative where that is not known; shape [n_cells].
+        used_at: the larger, the later a sequence was decoded last; shape [n_seq].
+        keys: the cells' keys; None where they cannot be read.
+        ends_sentence: which tokens end a sentence; None where they have no text.
+        attention: how much a pending question attends to each cell, NaN where that is not known; None if no question
+            is pending. Shape [n_cells].
     """
 
     pos: IntArray
     owner: BoolArray
     protected: BoolArray
     block_cells: int
+    token: IntArray
+    used_at: IntArray64
+    keys: Keys | None = None
+    ends_sentence: Callable[[IntArray], BoolArray] | None = None
+    attention: FloatArray | None = None
 
     @property
     def evictable(self) -> BoolArray:
@@ -33,8 +51,29 @@ class CellView:
         evictable: BoolArray = (self.pos != EMPTY) & ~self.protected
         return evictable
 
+    @property
+    def blocks(self) -> IntArray:
+        """The number of the block of each cell, shape [n_cells]."""
+        return np.arange(len(self.pos), dtype=np.int32) // self.block_cells
 
-def view_of(cells: StreamCells, *, keep: int, tail: int, block_cells: int) -> CellView:
+    @property
+    def segments(self) -> IntArray:
+        """The number of the segment of each cell, -1 where it is free; see `kvpsi.kv.segments`. Shape [n_cells]."""
+        ends = self.ends_sentence(self.token) if self.ends_sentence else np.zeros(len(self.pos), dtype=np.bool_)
+        return segments_of(self.pos, self.owner, ends)
+
+
+def view_of(
+    cells: StreamCells,
+    *,
+    keep: int,
+    tail: int,
+    block_cells: int,
+    used_at: IntArray64 | None = None,
+    keys: Keys | None = None,
+    ends_sentence: Callable[[IntArray], BoolArray] | None = None,
+    attention: FloatArray | None = None,
+) -> CellView:
     """A view of a stream with the first ``keep`` and last ``tail`` tokens of each sequence protected."""
     protected = np.zeros(cells.n_cells, dtype=np.bool_)
     for seq_id in np.flatnonzero(cells.owner.any(axis=0)):
@@ -42,7 +81,17 @@ def view_of(cells: StreamCells, *, keep: int, tail: int, block_cells: int) -> Ce
         by_pos = mine[np.argsort(cells.pos[mine], kind="stable")]
         protected[by_pos[:keep]] = True
         protected[by_pos[max(0, len(by_pos) - tail) :]] = True
-    return CellView(_read_only(cells.pos), _read_only(cells.owner), protected, block_cells)
+    return CellView(
+        _read_only(cells.pos),
+        _read_only(cells.owner),
+        protected,
+        block_cells,
+        _read_only(cells.token),
+        np.zeros(cells.owner.shape[1], dtype=np.int64) if used_at is None else used_at,
+        keys,
+        ends_sentence,
+        attention,
+    )
 
 
 def _read_only(array: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
@@ -53,14 +102,23 @@ def _read_only(array: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
 
 
 class EvictionPolicy:
-    """Base of all policies: say how much each cell is worth, the cheapest blocks go first."""
+    """Base of all policies: say how much each cell is worth, the cheapest blocks go first.
+
+    Attributes:
+        by_segments: whole sentences go instead of blocks.
+        heeds_questions: it looks at ``CellView.attention``, for which questions have to be read as they come.
+    """
+
+    by_segments: ClassVar[bool] = False
+    heeds_questions: ClassVar[bool] = False
 
     def score(self, view: CellView) -> FloatArray:
         """Worth of each cell, shape [n_cells]; the lowest goes first. Free and protected cells are ignored."""
         raise NotImplementedError
 
     def choose(self, view: CellView, n_cells: int) -> IntArray:
-        """Cells to evict: whole blocks of neighbours, so that whole pages become free, until ``n_cells`` are found.
+        """Cells to evict: whole blocks of neighbours, so that whole pages become free, or whole segments, until
+        ``n_cells`` are found.
 
         Returns fewer when fewer may go.
         """
@@ -68,7 +126,7 @@ class EvictionPolicy:
         if n_cells <= 0 or not candidates.size:
             return np.empty(0, dtype=np.int32)
         score = self.score(view)
-        block = candidates // view.block_cells
+        block = (view.segments if self.by_segments else view.blocks)[candidates]
         counts = np.bincount(block)
         ids = np.flatnonzero(counts)
         worth = np.bincount(block, weights=score[candidates])[ids] / counts[ids]

@@ -1,0 +1,1 @@
+"""What forgetting costs: perplexity afterwards, and facts that are still known, for every policy."""
