@@ -40,6 +40,13 @@ class FakeKeys:
         return found if head is None else found[:, head]
 
 
+class FakeVocabulary:
+    """Every eleventh token ends a sentence."""
+
+    def ends_sentence(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens % 11 == 0
+
+
 def held(lengths: list[int], n_cells: int = 0) -> StreamCells:
     """Sequences of these lengths, one after the other."""
     cells = StreamCells(n_cells or sum(lengths) + 8, len(lengths))
@@ -62,7 +69,7 @@ def view(lengths: list[int], *, keep: int = 4, tail: int = 8, block_cells: int =
         block_cells=block_cells,
         used_at=np.arange(len(lengths), 0, -1),
         keys=FakeKeys(cells.n_cells),  # type: ignore[arg-type]
-        ends_sentence=lambda token: token % 11 == 0,
+        vocabulary=FakeVocabulary(),  # type: ignore[arg-type]
         attention=attention,
     )
 
@@ -91,7 +98,7 @@ def test_what_it_chooses_may_go_and_is_enough(
 
 @every_policy
 def test_it_goes_without_keys_texts_and_questions(name: str) -> None:
-    bare = replace(view([200]), keys=None, ends_sentence=None, attention=None)
+    bare = replace(view([200]), keys=None, vocabulary=None, attention=None)
     assert len(POLICIES[name]().choose(bare, 64)) >= 64
 
 

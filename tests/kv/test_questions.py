@@ -86,9 +86,9 @@ def test_the_sentence_that_a_question_asks_for_is_attended_to_most(model: llama_
     tokens, fact = prompt(model)
     with heeding(model) as (cache, questions):
         read(cache, tokens)
-        assert questions.pending
+        assert questions.unscored
         cells = cache.trackers[0].mirror.streams[0]
-        assert cache.score_questions(10.0) and not questions.pending
+        assert cache.score_questions(10.0) and not questions.unscored
         attention = questions.attention(cells.pos, range(3))
         assert attention is not None
         by_pos = attention[np.argsort(cells.pos[cells.cells_of(0)])]
@@ -112,7 +112,7 @@ def test_without_a_question_the_oldest_go(model: llama_cpp.llama_model_p) -> Non
     tokens = tokens_of(model, " ".join(HAY))
     with heeding(model) as (cache, questions):
         read(cache, tokens)
-        assert not questions.pending
+        assert not questions.unscored
         cache.evict(len(tokens) // 2)
         assert min(held(cache) - set(range(SETTINGS.keep))) > len(tokens) // 2 - 60
 
@@ -135,7 +135,7 @@ def test_what_comes_after_a_question_in_a_short_piece_does_not_hide_it(model: ll
         cut = len(tokens) - 3  # within the template's last words
         read(cache, tokens[:cut])
         read(cache, tokens[cut:], start=cut)
-        assert questions.pending and cache.score_questions(10.0)
+        assert questions.unscored and cache.score_questions(10.0)
         cache.evict(len(tokens) // 2)
         assert set(fact) <= held(cache)
 
@@ -145,11 +145,11 @@ def test_a_question_goes_with_its_sequence(model: llama_cpp.llama_model_p) -> No
     with heeding(model) as (cache, questions):
         read(cache, tokens)
         cache.seq_rm(0, len(tokens) - 100, -1)
-        assert not questions.pending
+        assert not questions.unscored
         read(cache, tokens[-100:], start=len(tokens) - 100)
-        assert questions.pending
+        assert questions.unscored
         cache.clear()
-        assert not questions.pending and questions.attention(np.zeros(1, dtype=np.int32), range(3)) is None
+        assert not questions.unscored and questions.attention(np.zeros(1, dtype=np.int32), range(3)) is None
 
 
 def test_scores_come_bit_by_bit_while_memory_is_short_and_never_before(model: llama_cpp.llama_model_p) -> None:
@@ -162,7 +162,7 @@ def test_scores_come_bit_by_bit_while_memory_is_short_and_never_before(model: ll
         assert not questions._scores, "nobody needs memory"
         cache.set_limit(cache.capacity_bytes - (1 << 20), None)
         n_decodes = 0
-        while questions.pending:
+        while questions.unscored:
             with batch_of([(100, len(tokens) + 3 + n_decodes, 0)]) as batch:
                 assert cache.decode(batch) == 0
             n_decodes += 1
@@ -198,7 +198,7 @@ def test_the_logits_are_the_same_whether_a_question_is_read_or_not(model: llama_
     for policy in ("auto", "streaming"):
         with heeding(model, POLICIES[policy]()) as (cache, questions):
             read(cache, tokens)
-            assert questions.pending == (policy == "auto")
+            assert questions.unscored == (policy == "auto")
             found.append(logits(cache.ctx))
     assert np.array_equal(*found)
 

@@ -32,9 +32,9 @@ MakeCache = Callable[[llama_cpp.Llama, CacheSettings | None, EvictionPolicy | No
 def make_elastic(
     llm: llama_cpp.Llama, settings: CacheSettings | None, policy: EvictionPolicy | None, instrument: Instrument
 ) -> GatedCache:
-    """A cache that gives back pages; the context is made anew where the policy heeds questions."""
-    policy = policy or Auto()
-    questions = _open_to_questions(llm) if policy.heeds_questions and can_release() else None
+    """A cache that gives back pages; the context is made anew if a policy is asked for that heeds questions."""
+    heeds_questions = policy is not None and policy.heeds_questions
+    questions = _open_to_questions(llm) if heeds_questions and can_release() else None
     return ElasticCache(llm.ctx, settings=settings, policy=policy, instrument=instrument, questions=questions)
 
 
@@ -64,7 +64,7 @@ def make_rebuilt(
     *,
     pace: RebuildSettings | None = None,
 ) -> GatedCache:
-    """A cache that is resized by rebuilding the context; it knows no policy but the default."""
+    """A cache that is resized by rebuilding the context; it forgets the oldest, whatever the policy."""
     if policy is not None and not isinstance(policy, Streaming | Auto):
         log.warning("kvpsi forgets the oldest tokens first where the context is rebuilt; the policy is not used.")
 

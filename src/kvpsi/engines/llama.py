@@ -261,7 +261,7 @@ def govern(
         cache_limit: largest share (0..1] of the cache's cells to use, as `set_cache_limit`.
         settings: constants of the control law.
         cache_settings: what eviction must leave alone.
-        policy: what is forgotten first (default: `kvpsi.kv.policies.Auto`, for which the context is made anew).
+        policy: what is forgotten first (default: the oldest). For one that heeds questions the context is made anew.
         source: where readings come from (default: this machine's kernel).
         instrument: sees every reading, decision and release.
         rebuild: whether the context may be rebuilt where pages cannot be given back; `RebuildSettings` allow it and

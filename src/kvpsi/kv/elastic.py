@@ -33,7 +33,7 @@ from kvpsi.kv.gated import (
 )
 from kvpsi.kv.keys import Keys
 from kvpsi.kv.layout import Section, discover, seq_state_apart
-from kvpsi.kv.policies import EvictionPolicy, Streaming
+from kvpsi.kv.policies import Auto, EvictionPolicy
 from kvpsi.kv.policies.base import CellView, view_of
 from kvpsi.kv.questions import Questions
 from kvpsi.kv.run import Plans, Run, open_run
@@ -75,7 +75,7 @@ class ElasticCache(GatedCache):
         questions: Questions | None = None,
     ) -> None:
         self.ctx = ctx
-        self.policy = policy or Streaming()
+        self.policy = policy or Auto()
         self._memory = llama_cpp.llama_get_memory(ctx)
         self._n_seq = int(llama_cpp.llama_n_seq_max(ctx))
         self._n_ubatch = int(llama_cpp.llama_n_ubatch(ctx))
@@ -609,8 +609,9 @@ class ElasticCache(GatedCache):
 
     @exclusive
     def evict(self, n_cells: int) -> Trim:
-        """Let the policy choose at least ``n_cells`` cells (in whole blocks, fewer if not so many may go), forget
-        them and give their pages back. The streams of which most may go give first, down to what the others have."""
+        """Let the policy choose at least ``n_cells`` cells (in whole blocks or sentences; fewer if not so many may go),
+        forget them and give their pages back. The streams of which most may go give first, down to what the others
+        have."""
         freed = 0
         streams = self.trackers[0].mirror.streams
         may_go = self._may_go(streams) if len(streams) > 1 else [n_cells]
@@ -643,7 +644,7 @@ class ElasticCache(GatedCache):
         cells = self.trackers[0].mirror.streams[stream]
         attention = None
         if self.questions is not None and self.policy.heeds_questions:
-            if self.questions.pending:
+            if self.questions.unscored:
                 self.score_questions(_SCORE_AT_ONCE_S)
             attention = self.questions.attention(cells.pos, self._sequences_of(stream))
         return view_of(
@@ -653,7 +654,7 @@ class ElasticCache(GatedCache):
             block_cells=self.block_cells,
             used_at=self._used_at,
             keys=self._keys[stream] if self._keys else None,
-            ends_sentence=self._vocabulary.ends_sentence,
+            vocabulary=self._vocabulary,
             attention=attention,
         )
 
@@ -686,12 +687,12 @@ class ElasticCache(GatedCache):
             return True
         for stream, cells in enumerate(self.trackers[0].mirror.streams):
             self.questions.advance(self._keys[stream], cells.pos, cells.owner, self._sequences_of(stream), budget_s)
-        return not self.questions.pending
+        return not self.questions.unscored
 
     def _score_questions_if_short(self) -> None:
         """A little before each decode while memory is getting short, so that it is known when it is needed."""
         short = self.max_chunk_tokens is not None or min(self._gate) < self._n_cells
-        if short and self.questions is not None and self.questions.pending:
+        if short and self.questions is not None and self.questions.unscored:
             self.score_questions(_SCORE_A_DECODE_S)
 
     def _forget(self, stream: int, chosen: IntArray) -> None:

@@ -49,11 +49,7 @@ class Question:
 
 
 class Questions:
-    """The pending question of each sequence.
-
-    Args:
-        ctx: a context that was made with `Questions.tap` in its parameters.
-    """
+    """The pending question of each sequence of a context that was made with `Questions.tap` in its parameters."""
 
     def __init__(self) -> None:
         self.tap = Tap(self._wanted, self._take)
@@ -186,8 +182,8 @@ class Questions:
     # -- scores --------------------------------------------------------------------------------------------------
 
     @property
-    def pending(self) -> bool:
-        """Whether there is a question whose scores are not complete."""
+    def unscored(self) -> bool:
+        """Whether there is a pending question whose scores are not complete."""
         return any(s not in self._scores or not self._scores[s].complete for s in self._of)
 
     def advance(self, keys: Keys, pos: IntArray, owner: BoolArray, sequences: Sequence[int], budget_s: float) -> None:

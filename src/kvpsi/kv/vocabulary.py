@@ -35,6 +35,10 @@ class Vocabulary:
         """Which of them have a question mark."""
         return self._of(self._asks, tokens)
 
+    def pieces(self, tokens: IntArray) -> list[bytes]:
+        """The text of each, control tokens by their names; empty for unknown ones."""
+        return [self._piece(token) if token >= 0 else b"" for token in tokens.tolist()]
+
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends a turn of a conversation."""
         return token >= 0 and bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))

@@ -35,7 +35,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Forgot:
-    """What a trim did: cells and bytes, and the time for choosing and giving in seconds."""
+    """What a trim did: cells that are free, and which share of their bytes went back."""
 
     n_cells: int
     whole_pages_share: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from kvpsi.kv.cells import EMPTY, BoolArray, IntArray, StreamCells
 from kvpsi.kv.keys import Keys
 from kvpsi.kv.segments import segments_of
+from kvpsi.kv.vocabulary import Vocabulary
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
@@ -30,7 +30,7 @@ class CellView:
         token: which token a cell holds, negative where that is not known; shape [n_cells].
         used_at: the larger, the later a sequence was decoded last; shape [n_seq].
         keys: the cells' keys; None where they cannot be read.
-        ends_sentence: which tokens end a sentence; None where they have no text.
+        vocabulary: what the tokens say; None where nobody knows.
         attention: how much a pending question attends to each cell, NaN where that is not known; None if no question
             is pending. Shape [n_cells].
     """
@@ -42,7 +42,7 @@ class CellView:
     token: IntArray
     used_at: IntArray64
     keys: Keys | None = None
-    ends_sentence: Callable[[IntArray], BoolArray] | None = None
+    vocabulary: Vocabulary | None = None
     attention: FloatArray | None = None
 
     @property
@@ -59,7 +59,9 @@ class CellView:
     @property
     def segments(self) -> IntArray:
         """The number of the segment of each cell, -1 where it is free; see `kvpsi.kv.segments`. Shape [n_cells]."""
-        ends = self.ends_sentence(self.token) if self.ends_sentence else np.zeros(len(self.pos), dtype=np.bool_)
+        ends = np.zeros(len(self.pos), dtype=np.bool_)
+        if self.vocabulary is not None:
+            ends = self.vocabulary.ends_sentence(self.token)
         return segments_of(self.pos, self.owner, ends)
 
 
@@ -71,7 +73,7 @@ def view_of(
     block_cells: int,
     used_at: IntArray64 | None = None,
     keys: Keys | None = None,
-    ends_sentence: Callable[[IntArray], BoolArray] | None = None,
+    vocabulary: Vocabulary | None = None,
     attention: FloatArray | None = None,
 ) -> CellView:
     """A view of a stream with the first ``keep`` and last ``tail`` tokens of each sequence protected."""
@@ -82,15 +84,15 @@ def view_of(
         protected[by_pos[:keep]] = True
         protected[by_pos[max(0, len(by_pos) - tail) :]] = True
     return CellView(
-        _read_only(cells.pos),
-        _read_only(cells.owner),
-        protected,
-        block_cells,
-        _read_only(cells.token),
-        np.zeros(cells.owner.shape[1], dtype=np.int64) if used_at is None else used_at,
-        keys,
-        ends_sentence,
-        attention,
+        pos=_read_only(cells.pos),
+        owner=_read_only(cells.owner),
+        protected=protected,
+        block_cells=block_cells,
+        token=_read_only(cells.token),
+        used_at=np.zeros(cells.owner.shape[1], dtype=np.int64) if used_at is None else used_at,
+        keys=keys,
+        vocabulary=vocabulary,
+        attention=attention,
     )
 
 

@@ -1,4 +1,4 @@
-"""Keep the attention sinks and the most recent tokens, forget the oldest in between."""
+"""Forget the oldest; the first tokens (attention sinks) and the most recent ones stay with every policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``GET /health``, ``/ready``, ``/metrics`` and ``/v1/kvpsi/status``."""
+"""``GET /health``, ``/ready``, ``/metrics``, ``/v1/kvpsi/status`` and ``/v1/kvpsi/history``."""
 
 from __future__ import annotations
 
