@@ -44,7 +44,7 @@ class Keys:
         self.n_layers = len(planes)
         self.n_heads = n_heads
         self._type = ggml_type
-        self._rows = [_rows(plane, n_cells) for plane in planes]
+        self._rows = [rows_of(plane, n_cells) for plane in planes]
 
     def layer(self, index: int, cells: IntArray, head: int | None = None) -> FloatArray32:
         """A layer's keys of some cells, shape [cells, heads, values of a head]; of one head, [cells, values]."""
@@ -63,7 +63,8 @@ class Keys:
         return values
 
 
-def _rows(plane: Plane, n_cells: int) -> npt.NDArray[np.uint8]:
+def rows_of(plane: Plane, n_cells: int) -> npt.NDArray[np.uint8]:
+    """The rows of a plane where they lie, for as long as the context lives; shape [cells, bytes of a row]."""
     where = ctypes.cast(plane.base, ctypes.POINTER(ctypes.c_uint8))
     return np.ctypeslib.as_array(where, (n_cells, plane.bytes_per_cell))
 

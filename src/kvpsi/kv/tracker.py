@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import numpy.typing as npt
 
 from kvpsi.kv import pages
 from kvpsi.kv.cells import CellMirror, Placement
-from kvpsi.kv.layout import Plane, Section
+from kvpsi.kv.keys import rows_of
+from kvpsi.kv.layout import Section
 from kvpsi.kv.spans import free_bytes, whole_pages_in
 from kvpsi.kv.statedata import SectionState
 from kvpsi.kv.ubatch import Index, Tokens
@@ -48,13 +48,6 @@ class Release:
 NOTHING = Release(0, 0, 0.0)
 
 
-def _key_rows(plane: Plane, n_cells: int) -> KeyRows:
-    """The rows of a plane where they lie, for as long as the context lives."""
-    size = plane.bytes_per_cell
-    where = ctypes.cast(plane.base, ctypes.POINTER(ctypes.c_uint8))
-    return np.ctypeslib.as_array(where, (n_cells, size))
-
-
 class SectionTracker:
     """Mirror, committed cells and pages of one `Section`."""
 
@@ -64,7 +57,7 @@ class SectionTracker:
         # llama.cpp wrote zeros over everything, so all of it is committed to begin with
         self.touched = [np.ones(section.n_cells, dtype=np.bool_) for _ in range(section.n_stream)]
         inner = pages.whole_pages(section.extent.start, section.extent.end)
-        self._keys = [_key_rows(planes[0], section.n_cells) for planes in section.planes]
+        self._keys = [rows_of(planes[0], section.n_cells) for planes in section.planes]
         self.inner = inner if inner is not None else pages.Mapping(section.extent.start, section.extent.start)
         pages.forbid_huge_pages(self.inner)
         pages.set_apart(self.inner)
