@@ -84,7 +84,9 @@ class ElasticCache(GatedCache):
         self._n_swa = max(s.n_swa for s in sections)
         self._vocabulary = Vocabulary(ctx)
         self._keys = _keys_of(ctx, sections)
-        self.questions = questions if self._keys and questions is not None and questions.attach(ctx) else None
+        self.questions = (
+            questions if self._keys and questions is not None and questions.attach(ctx, self._vocabulary) else None
+        )
         self._decodes = 0
         self._used_at = np.zeros(self._n_seq, dtype=np.int64)
         self._n_cells = sections[0].n_cells * sections[0].n_stream

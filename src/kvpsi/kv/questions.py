@@ -61,12 +61,12 @@ class Questions:
         self._flash_op = self._product_op = -1
         self._vocabulary: Vocabulary | None = None
 
-    def attach(self, ctx: llama_cpp.llama_context_p) -> bool:
+    def attach(self, ctx: llama_cpp.llama_context_p, vocabulary: Vocabulary) -> bool:
         """Find the tap in a new context; whether questions can be read there."""
         n_layers = int(llama_cpp.llama_model_n_layer(llama_cpp.llama_get_model(ctx)))
         self._layers = range(int(_FIRST_LAYER * n_layers), max(1, round(_LAST_LAYER * n_layers)))
         self._flash_op, self._product_op = _number_of_op(b"FLASH_ATTN_EXT"), _number_of_op(b"MUL_MAT")
-        self._vocabulary = Vocabulary(ctx)
+        self._vocabulary = vocabulary
         self._of.clear()
         self._scores.clear()
         return self.tap.find(ctx)

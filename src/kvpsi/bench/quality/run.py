@@ -145,9 +145,9 @@ def _following(plan: Plan, subject: Subject, number: int, piece: Sequence[int]) 
     whole = statistics.mean(subject.losses(rest, plan.n_following))
     for policy, kept in _trims(plan):
         subject.load(held)
-        forgot = subject.forget(policy, kept)
+        whole_pages_share = subject.forget(policy, kept)
         loss = statistics.mean(subject.losses(rest, plan.n_following))
-        yield Row("perplexity", policy, kept, number, "", loss, whole, forgot.whole_pages_share)
+        yield Row("perplexity", policy, kept, number, "", loss, whole, whole_pages_share)
     held.state.close()
 
 
@@ -167,9 +167,9 @@ def _facts(plan: Plan, subject: Subject, number: int, document: Sequence[int]) -
         for policy, kept in _trims(plan):
             for kind, held, rest in (("after", asked, answer), ("before", read, question + answer)):
                 subject.load(held)
-                forgot = subject.forget(policy, kept)
+                whole_pages_share = subject.forget(policy, kept)
                 loss = sum(subject.losses(rest + number_of, len(number_of)))
-                yield Row(kind, policy, kept, number, fact.thing, loss, whole, forgot.whole_pages_share)
+                yield Row(kind, policy, kept, number, fact.thing, loss, whole, whole_pages_share)
         asked.state.close()
     read.state.close()
 

@@ -33,14 +33,6 @@ class Held:
     question: Question | None
 
 
-@dataclass(frozen=True, slots=True)
-class Forgot:
-    """What a trim did: cells that are free, and which share of their bytes went back."""
-
-    n_cells: int
-    whole_pages_share: float
-
-
 class Subject:
     """One model with one sequence. ``scorings`` has the seconds of each scoring, and of its longest step."""
 
@@ -85,13 +77,13 @@ class Subject:
             self._cache.questions.resume(_SEQUENCE, held.question)
         self._tokens = list(held.tokens)
 
-    def forget(self, policy: str, kept: float) -> Forgot:
-        """Keep that share of what was read."""
+    def forget(self, policy: str, kept: float) -> float:
+        """Keep that share of what was read; which share of the forgotten bytes lay in whole pages and went back."""
         self._cache.policy = POLICIES[policy]()
         self._score()
         trim = self._cache.evict(len(self._tokens) - int(kept * len(self._tokens)))
         freed_bytes = trim.freed_cells * self._cache.bytes_per_cell
-        return Forgot(trim.freed_cells, trim.release.returned_bytes / freed_bytes if freed_bytes else 1.0)
+        return trim.release.returned_bytes / freed_bytes if freed_bytes else 1.0
 
     def _score(self) -> None:
         """Have what the question attends to be known, as it is when memory gets short bit by bit."""
