@@ -41,10 +41,13 @@ class FakeKeys:
 
 
 class FakeVocabulary:
-    """Every eleventh token ends a sentence."""
+    """Every eleventh token ends a sentence, and token 40 a turn."""
 
     def ends_sentence(self, tokens: np.ndarray) -> np.ndarray:
         return tokens % 11 == 0
+
+    def ends_turn(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens == 40
 
 
 def held(lengths: list[int], n_cells: int = 0) -> StreamCells:
@@ -57,7 +60,9 @@ def held(lengths: list[int], n_cells: int = 0) -> StreamCells:
     return cells
 
 
-def view(lengths: list[int], *, keep: int = 4, tail: int = 8, block_cells: int = 16, asked: bool = False) -> CellView:
+def view(
+    lengths: list[int], *, keep: int = 4, tail: int = 8, turn: int = 0, block_cells: int = 16, asked: bool = False
+) -> CellView:
     cells = held(lengths)
     attention = np.random.default_rng(2).random(cells.n_cells) if asked else None
     if attention is not None:
@@ -66,6 +71,7 @@ def view(lengths: list[int], *, keep: int = 4, tail: int = 8, block_cells: int =
         cells,
         keep=keep,
         tail=tail,
+        turn=turn,
         block_cells=block_cells,
         used_at=np.arange(len(lengths), 0, -1),
         keys=FakeKeys(cells.n_cells),  # type: ignore[arg-type]
@@ -81,13 +87,14 @@ def view(lengths: list[int], *, keep: int = 4, tail: int = 8, block_cells: int =
     wanted=st.integers(-5, 400),
     keep=st.integers(0, 20),
     tail=st.integers(0, 40),
+    turn=st.integers(0, 60),
     block_cells=st.sampled_from([1, 16, 48]),
     asked=st.booleans(),
 )
 def test_what_it_chooses_may_go_and_is_enough(
-    name: str, lengths: list[int], wanted: int, keep: int, tail: int, block_cells: int, asked: bool
+    name: str, lengths: list[int], wanted: int, keep: int, tail: int, turn: int, block_cells: int, asked: bool
 ) -> None:
-    shown = view(lengths, keep=keep, tail=tail, block_cells=block_cells, asked=asked)
+    shown = view(lengths, keep=keep, tail=tail, turn=turn, block_cells=block_cells, asked=asked)
     chosen = POLICIES[name]().choose(shown, wanted)
     assert shown.evictable[chosen].all() and len(np.unique(chosen)) == len(chosen)
     assert len(chosen) >= min(wanted, int(shown.evictable.sum()))
@@ -106,6 +113,30 @@ def test_it_goes_without_keys_texts_and_questions(name: str) -> None:
 def test_a_policy_is_a_score_and_perhaps_a_choice(name: str) -> None:
     own = {n for n, each in vars(POLICIES[name]).items() if callable(each) and not n.startswith("_")}
     assert own <= {"score", "choose"} and issubclass(type(POLICIES[name]()), EvictionPolicy)
+
+
+@every_policy
+def test_the_first_turn_and_the_one_that_is_answered_stay(name: str) -> None:
+    shown = view([200], turn=64)  # turns end at 40, 90, 140 and 190
+    gone = shown.pos[POLICIES[name]().choose(shown, 200)]
+    assert sorted(gone.tolist()) == [*range(41, 141), 191], "all but the first turn, the last one and the tail"
+    shown = view([200], turn=10)
+    gone = shown.pos[POLICIES[name]().choose(shown, 200)]
+    assert sorted(gone.tolist()) == [*range(10, 181), 191], "of long turns, the beginning and the end"
+
+
+@pytest.mark.parametrize("policy", [Attention(), KeyDiff()])
+def test_sentences_that_lie_together_go_together(policy: EvictionPolicy) -> None:
+    shown = view([2000])
+    worth = np.random.default_rng(5).random(shown.segments.max() + 1)[shown.segments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(policy), "score", lambda *_: worth)
+        chosen = np.sort(policy.choose(shown, 500))
+    cheapest = np.sort(np.unique(worth[shown.evictable]))
+    assert 500 <= len(chosen) < 500 + 48
+    assert worth[chosen].max() <= cheapest[int(0.45 * len(cheapest))], "none of those that matter most"
+    n_runs = 1 + np.count_nonzero(np.diff(chosen) != 1)
+    assert len(chosen) / n_runs > 18, "the cheapest 500 would be in runs of 15"
 
 
 def test_streaming_forgets_the_oldest() -> None:

@@ -21,7 +21,7 @@ from kvpsi.kv.statedata import parse_state
 
 pytestmark = pytest.mark.engine
 SHAPE = Shape(n_ctx=1024, n_seq=3, n_batch=512, n_ubatch=512)
-SETTINGS = CacheSettings(keep=4, tail=32, min_prune=16)
+SETTINGS = CacheSettings(keep=4, tail=32, turn=64, min_prune=16)
 FACT = "The code that opens the old iron gate is 48213."
 HAY = [
     f"{who} walked along the {where} and thought of {what}."

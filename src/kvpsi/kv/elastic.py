@@ -39,6 +39,7 @@ from kvpsi.kv.questions import Questions
 from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, StateBytes, address_of, parse_state
 from kvpsi.kv.tracker import NOTHING, KeyRows, Micro, Release, SectionTracker
+from kvpsi.kv.turns import that_must_stay
 from kvpsi.kv.ubatch import Tokens, read_batch, split_equal, split_simple
 from kvpsi.kv.vocabulary import Vocabulary
 from kvpsi.status import CacheStatus
@@ -92,6 +93,7 @@ class ElasticCache(GatedCache):
         self._n_cells = sections[0].n_cells * sections[0].n_stream
         super().__init__(settings, instrument, on_forgotten)
         self._held = np.zeros(self._n_seq, dtype=np.int64)  # cells that each sequence sees
+        self._in_turns = np.zeros(self._n_seq, dtype=np.int64)  # of these, in turns that must stay
         self._protected = self._protected_of(self._held)
         self._loading_cells = 0
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
@@ -148,14 +150,28 @@ class ElasticCache(GatedCache):
 
     def _protected_of(self, held: IntArray64) -> int:
         """Cells that cannot go while sequence s holds ``held[s]`` of them; one whole sequence at least."""
-        each = self.settings.keep + self._tail
-        return max(each, int(np.minimum(held, each).sum()))
+        least = self.settings.keep + self._tail
+        return max(least, int(np.minimum(held, least + self._in_turns).sum()))
 
     def _count_held(self) -> None:
         """Count anew what the sequences hold, after any of them lost something or was copied."""
         streams = self.trackers[0].mirror.streams
         self._held = np.sum([np.count_nonzero(s.owner, axis=0) for s in streams], axis=0, dtype=np.int64)
+        self._count_turns(np.arange(self._n_seq))
         self._protected = self._protected_of(self._held)
+
+    def _count_turns(self, sequences: npt.NDArray[np.intp]) -> None:
+        """Count anew what these sequences hold of turns that must stay."""
+        for seq_id in sequences.tolist():
+            if not self._held[seq_id]:
+                self._in_turns[seq_id] = 0
+                continue
+            cells = self.trackers[0].mirror.stream_of(seq_id)
+            mine = cells.cells_of(seq_id)
+            token = cells.token[mine[np.argsort(cells.pos[mine], kind="stable")]]
+            stays = that_must_stay(self._vocabulary.ends_turn(token), self.settings.turn)
+            stays[: self.settings.keep] = False
+            self._in_turns[seq_id] = int(stays.sum())
 
     @exclusive
     def first_gap(self, seq_id: int) -> int:
@@ -349,6 +365,8 @@ class ElasticCache(GatedCache):
         self._decodes += 1
         self._used_at[seqs] = self._decodes
         self._held = self._held + np.bincount(seqs, minlength=self._n_seq)
+        if self._vocabulary.ends_turn(tokens.token).any():
+            self._count_turns(np.unique(seqs))
         self._protected = self._protected_of(self._held)
 
     def _undo(self, tokens: Tokens, plans: Plans) -> None:
@@ -503,6 +521,7 @@ class ElasticCache(GatedCache):
             mine = cells.cells_of(seq_id)
             mine = mine[(cells.token[mine] == UNKNOWN_TOKEN) & (cells.pos[mine] < len(known))]
             cells.token[mine] = known[cells.pos[mine]]
+        self._count_held()
 
     def _ask_to_replace(self, seq_id: int, n_tokens: int) -> None:
         """Raise CacheRefusedError unless so many tokens could be had in place of what the sequence holds."""
@@ -639,7 +658,14 @@ class ElasticCache(GatedCache):
         return used - self.used_cells
 
     def _view(self, cells: StreamCells) -> CellView:
-        return view_of(cells, keep=self.settings.keep, tail=self._tail, block_cells=self.block_cells)
+        return view_of(
+            cells,
+            keep=self.settings.keep,
+            tail=self._tail,
+            turn=self.settings.turn,
+            block_cells=self.block_cells,
+            vocabulary=self._vocabulary,
+        )
 
     def _view_to_choose(self, stream: int) -> CellView:
         """A view with all that a policy may want to know."""
@@ -653,6 +679,7 @@ class ElasticCache(GatedCache):
             cells,
             keep=self.settings.keep,
             tail=self._tail,
+            turn=self.settings.turn,
             block_cells=self.block_cells,
             used_at=self._used_at,
             keys=self._keys[stream] if self._keys else None,

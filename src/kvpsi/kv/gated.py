@@ -55,15 +55,18 @@ class CacheSettings:
     Attributes:
         keep: first tokens of each sequence that always stay (attention sinks), in tokens.
         tail: last tokens of each sequence that always stay, in tokens.
+        turn: most tokens that always stay of a conversation's first turn (the system prompt), from its beginning, and
+            as many of the last turn that has ended (what is being answered), from its end.
         min_prune: least tokens that one eviction takes, so that whole pages become free.
     """
 
     keep: int = 16
     tail: int = 256
+    turn: int = 256
     min_prune: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("keep", "tail", "min_prune"):
+        for name in ("keep", "tail", "turn", "min_prune"):
             value = getattr(self, name)
             if value < 0:
                 raise UsageError(f"{name} is {value}, but a number of tokens cannot be negative; use 0 or more.")

@@ -126,8 +126,8 @@ class Questions:
         """Of the last tokens of a prompt those that ask: the end of the last turn before that which is to come, or what
         ends in a question."""
         assert self._vocabulary is not None
-        turn = [i for i, each in enumerate(token[last].tolist()) if self._vocabulary.ends_turn(each)]
-        if turn and turn[-1]:
+        turn = np.flatnonzero(self._vocabulary.ends_turn(token[last]))
+        if turn.size and turn[-1]:
             return last[: turn[-1]][-_N_QUERIES:]
         if self._vocabulary.asks(token[last]).any():
             return last[-_N_QUERIES:]

@@ -26,6 +26,7 @@ class Vocabulary:
         self._looked_up = np.zeros(n_tokens, dtype=np.bool_)
         self._ends = np.zeros(n_tokens, dtype=np.bool_)
         self._asks = np.zeros(n_tokens, dtype=np.bool_)
+        self._ends_turn = np.zeros(n_tokens, dtype=np.bool_)
 
     def ends_sentence(self, tokens: IntArray) -> BoolArray:
         """Which of them end a sentence or a line, or a turn of a conversation."""
@@ -39,15 +40,17 @@ class Vocabulary:
         """The text of each, control tokens by their names; empty for unknown ones."""
         return [self._piece(token) if token >= 0 else b"" for token in tokens.tolist()]
 
-    def ends_turn(self, token: int) -> bool:
-        """Whether a token ends a turn of a conversation."""
-        return token >= 0 and bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+    def ends_turn(self, tokens: IntArray) -> BoolArray:
+        """Which of them end a turn of a conversation."""
+        return self._of(self._ends_turn, tokens)
 
     def _of(self, table: BoolArray, tokens: IntArray) -> BoolArray:
         known = tokens >= 0
         for token in np.unique(tokens[known & ~self._looked_up[np.where(known, tokens, 0)]]).tolist():
             piece = self._piece(token)
-            self._ends[token] = piece.rstrip(b"\"' )").endswith(_ENDS) or b"\n" in piece or self.ends_turn(token)
+            ends_turn = bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+            self._ends_turn[token] = ends_turn
+            self._ends[token] = piece.rstrip(b"\"' )").endswith(_ENDS) or b"\n" in piece or ends_turn
             self._asks[token] = b"?" in piece
             self._looked_up[token] = True
         found: BoolArray = table[np.where(known, tokens, 0)] & known

@@ -11,11 +11,14 @@ import numpy.typing as npt
 from kvpsi.kv.cells import EMPTY, BoolArray, IntArray, StreamCells
 from kvpsi.kv.keys import Keys
 from kvpsi.kv.segments import segments_of
+from kvpsi.kv.turns import that_must_stay
 from kvpsi.kv.vocabulary import Vocabulary
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 FloatArray = npt.NDArray[np.float64]
 IntArray64 = npt.NDArray[np.int64]
+
+_SPARE_PART = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class CellView:
     Attributes:
         pos: positions, ``EMPTY`` where free; shape [n_cells].
         owner: who sees a cell; shape [n_cells, n_seq].
-        protected: what must stay: the first ``keep`` and last ``tail`` positions of each sequence; shape [n_cells].
+        protected: what must stay: the first ``keep`` and last ``tail`` positions of each sequence, its first turn, and
+            the last one that has ended; shape [n_cells].
         block_cells: so many cells side by side are a block, of which most lies in whole pages.
         token: which token a cell holds, negative where that is not known; shape [n_cells].
         used_at: the larger, the later a sequence was decoded last; shape [n_seq].
@@ -71,18 +75,21 @@ def view_of(
     keep: int,
     tail: int,
     block_cells: int,
+    turn: int = 0,
     used_at: IntArray64 | None = None,
     keys: Keys | None = None,
     vocabulary: Vocabulary | None = None,
     attention: FloatArray | None = None,
 ) -> CellView:
-    """A view of a stream with the first ``keep`` and last ``tail`` tokens of each sequence protected."""
+    """A view of a stream; ``keep``, ``tail`` and ``turn`` are those of `kvpsi.kv.CacheSettings`, in tokens."""
     protected = np.zeros(cells.n_cells, dtype=np.bool_)
     for seq_id in np.flatnonzero(cells.owner.any(axis=0)):
         mine = cells.cells_of(int(seq_id))
         by_pos = mine[np.argsort(cells.pos[mine], kind="stable")]
         protected[by_pos[:keep]] = True
         protected[by_pos[max(0, len(by_pos) - tail) :]] = True
+        if vocabulary is not None and turn:
+            protected[by_pos[that_must_stay(vocabulary.ends_turn(cells.token[by_pos]), turn)]] = True
     return CellView(
         pos=_read_only(cells.pos),
         owner=_read_only(cells.owner),
@@ -134,6 +141,32 @@ class EvictionPolicy:
         worth = np.bincount(block, weights=score[candidates])[ids] / counts[ids]
         ranked = ids[np.argsort(worth, kind="stable")]
         enough = int(np.searchsorted(np.cumsum(counts[ranked]), n_cells)) + 1
+        if self.by_segments:  # somewhat more than needed, of which those go that lie together
+            spare = min(n_cells // _SPARE_PART, (len(candidates) - n_cells) // 2)
+            enough = int(np.searchsorted(np.cumsum(counts[ranked]), n_cells + spare)) + 1
         goes = np.zeros(len(counts), dtype=np.bool_)
         goes[ranked[:enough]] = True
-        return candidates[goes[block]].astype(np.int32)
+        chosen = goes[block]
+        if self.by_segments:
+            chosen = _longest_runs(candidates, block, chosen, n_cells)
+        return candidates[chosen].astype(np.int32)
+
+
+def _longest_runs(cells: IntArray64, block: IntArray, chosen: BoolArray, n_cells: int) -> BoolArray:
+    """Of the chosen ones those that lie next to most others, until there are enough, so that whole pages become free.
+
+    Args:
+        cells: ascending; shape [n].
+        block: the number of the block or segment of each; shape [n].
+        chosen: which of them might go; shape [n].
+        n_cells: how many are to go at least.
+    """
+    at = np.flatnonzero(chosen)
+    run = np.cumsum(np.concatenate([[0], np.diff(cells[at]) != 1]))
+    length = np.bincount(run)[run]
+    # by runs, the longest first, and in a run one block after the other
+    taken = at[np.lexsort((at, run, -length))][:n_cells]
+    goes = np.zeros(len(chosen), dtype=np.bool_)
+    goes[taken] = True
+    goes |= chosen & (block == block[taken[-1]])
+    return goes
