@@ -107,12 +107,15 @@ def test_what_was_read_is_not_read_again(engine: Engine) -> None:
     text, _ = first.finished()
     follow_up = [*first.request.prompt, *engine.context.model.tokenize((text + " And then").encode(), False, False)]
     _, end = ask(engine, follow_up, max_tokens=4).finished()
-    assert end.cached_tokens >= len(first.request.prompt)
+    assert end.cached_tokens == len(follow_up) - EVEN_PIECE_TOKENS
     # also after another conversation was answered meanwhile, for which this one had to leave the cache
     ask(engine, "Something else entirely, about ships and harbours and the sea", max_tokens=4).finished()
     assert len(engine.sessions) == 1
-    _, end = ask(engine, [*follow_up, *follow_up[:5]], max_tokens=4).finished()
-    assert end.cached_tokens >= len(follow_up)
+    longer = [*follow_up, *follow_up[:5]]
+    _, end = ask(engine, longer, max_tokens=4).finished()
+    assert end.cached_tokens == len(longer) - EVEN_PIECE_TOKENS
+    _, end = ask(engine, [*longer, *follow_up[:5]], max_tokens=4, sampling=SamplingSettings()).finished()
+    assert end.cached_tokens >= len(longer), "not an answer that is to be repeatable"
     assert engine.context.cache.trusted
 
 
@@ -163,7 +166,7 @@ def test_an_answer_that_need_not_be_repeatable_begins_at_once(engine: Engine) ->
 def test_the_same_beginning_is_shared_while_it_is_in_use(engine: Engine) -> None:
     beginning = STORY * 4
     asked = [
-        ask(engine, beginning + ending, max_tokens=16)
+        ask(engine, beginning + ending, max_tokens=16, sampling=SamplingSettings())
         for ending in ("lit the lamp", "slept and dreamt", "wrote a letter")
     ]
     ends = [each.finished()[1] for each in asked]
@@ -303,7 +306,7 @@ def test_answers_with_a_part_of_the_cache_each(default_model: Path) -> None:
         asked = [ask(engine, beginning + word, max_tokens=12) for word in ("sang", "slept", "wept", "left")]
         assert all(each.finished()[1].generated_tokens == 12 for each in asked)
         _, end = ask(engine, beginning + "sang again", max_tokens=4).finished()
-        assert end.cached_tokens > 50 and context.cache.trusted
+        assert end.cached_tokens > 15 and context.cache.trusted
 
 
 def test_the_context_grows_when_more_is_wanted(default_model: Path) -> None:

@@ -13,6 +13,11 @@ from kvpsi.serving.step import EVEN_PIECE_TOKENS, plan
 @dataclass(eq=False)
 class Sequence:
     left: int
+    one_by_one: bool = False
+
+    @property
+    def left_at_once(self) -> int:
+        return min(1, self.left) if self.one_by_one else self.left
 
 
 def test_everybody_who_writes_gets_a_token_and_prompts_take_turns_with_them() -> None:
@@ -22,6 +27,12 @@ def test_everybody_who_writes_gets_a_token_and_prompts_take_turns_with_them() ->
     assert [(p.sequence, p.n_tokens, p.ends) for p in answers] == [(writing[0], 1, True), (writing[1], 1, True)]
     prompts = plan(waiting, most_tokens=512, most_beside=128, prompts_next=True)
     assert [(p.sequence, p.n_tokens, p.ends) for p in prompts] == [(long, 128, False)]
+
+
+def test_what_is_read_again_one_by_one_goes_with_the_answers() -> None:
+    writing, again, prompt = Sequence(1), Sequence(300, one_by_one=True), Sequence(200)
+    parts = plan([prompt, again, writing], most_tokens=512, most_beside=128, prompts_next=False)
+    assert [(p.sequence, p.n_tokens, p.ends) for p in parts] == [(again, 1, False), (writing, 1, True)]
 
 
 def test_prompts_are_read_together_where_nobody_writes() -> None:

@@ -53,11 +53,13 @@ def generate(
     repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="1: none.")] = 1.1,
     keep: Annotated[int, typer.Option("--keep", help="First tokens that are never forgotten.")] = 16,
     tail: Annotated[int, typer.Option("--tail", help="Last tokens that are never forgotten.")] = 256,
+    turn: Annotated[int, typer.Option("--turn", help="Most tokens kept of the first turn, and of the last.")] = 256,
     min_prune: Annotated[int, typer.Option("--min-prune", help="Least tokens forgotten at once.")] = 64,
     policy: Annotated[str, typer.Option("--policy", help="What is forgotten first: auto, streaming, ...")] = "auto",
     cache_limit: Annotated[str, typer.Option("--cache-limit", help="Most of the cache to use: 70%, 0.7.")] = "100%",
     reserve: Annotated[str, typer.Option("--reserve", help="Headroom to keep free: 64M; auto.")] = "auto",
     regrow_above: Annotated[str, typer.Option("--regrow-above", help="Headroom from which to grow back.")] = "auto",
+    forget_rate: Annotated[str, typer.Option("--forget-rate", help="Most to forget a minute: 64M; 0; auto.")] = "auto",
     log: Annotated[Path | None, typer.Option("--log", help="Write decisions to this file as JSON lines.")] = None,
     no_govern: Annotated[bool, typer.Option("--no-govern", help="Run stock llama.cpp for comparison.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -72,8 +74,8 @@ def generate(
         raise UsageError("--log writes down what governing decides, so it cannot be used with --no-govern.")
     load = LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type)
     sampling = Sampling(n_predict, temperature, seed, repeat_penalty)
-    cache, choice = cache_settings(keep, tail, min_prune), policy_named(policy)
-    law = law_settings(reserve, regrow_above)
+    cache, choice = cache_settings(keep, tail, turn, min_prune), policy_named(policy)
+    law = law_settings(reserve, regrow_above, forget_rate)
     share = units.parse_share(cache_limit)
     files = file or []
     text = whole_prompt(prompt, files)

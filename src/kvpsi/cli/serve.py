@@ -59,6 +59,9 @@ def serve(
     tail: Annotated[
         int, typer.Option("--tail", envvar="KVPSI_TAIL", help="Last tokens that are never forgotten.")
     ] = 256,
+    turn: Annotated[
+        int, typer.Option("--turn", envvar="KVPSI_TURN", help="Most tokens kept of the first turn, and of the last.")
+    ] = 256,
     min_prune: Annotated[
         int, typer.Option("--min-prune", envvar="KVPSI_MIN_PRUNE", help="Least tokens forgotten at once.")
     ] = 64,
@@ -74,6 +77,12 @@ def serve(
     regrow_above: Annotated[
         str, typer.Option("--regrow-above", envvar="KVPSI_REGROW_ABOVE", help="Headroom from which to grow back.")
     ] = "auto",
+    forget_rate: Annotated[
+        str, typer.Option("--forget-rate", envvar="KVPSI_FORGET_RATE", help="Most to forget a minute: 64M; 0; auto.")
+    ] = "auto",
+    heal: Annotated[
+        bool, typer.Option("--heal/--no-heal", envvar="KVPSI_HEAL", help="Read again what was forgotten, when idle.")
+    ] = True,
     spill_dir: Annotated[
         Path | None, typer.Option("--spill-dir", envvar="KVPSI_SPILL_DIR", help="Where idle conversations are parked.")
     ] = None,
@@ -113,10 +122,10 @@ def serve(
         host=host,
         port=port,
         load=LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type),
-        engine=EngineSettings(parallel=parallel, most_waiting=queue),
-        cache=cache_settings(keep, tail, min_prune),
+        engine=EngineSettings(parallel=parallel, most_waiting=queue, heals=heal),
+        cache=cache_settings(keep, tail, turn, min_prune),
         policy=policy_named(policy),
-        law=law_settings(reserve, regrow_above),
+        law=law_settings(reserve, regrow_above, forget_rate),
         cache_limit=units.parse_share(cache_limit),
         api_keys=api_keys,
         allow_origins=tuple(origin.strip().rstrip("/") for origin in allow_origin or ()),

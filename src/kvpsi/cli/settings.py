@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from kvpsi.kv import CacheSettings
 
 
-def cache_settings(keep: int, tail: int, min_prune: int) -> CacheSettings:
-    """What --keep, --tail and --min-prune ask for."""
+def cache_settings(keep: int, tail: int, turn: int, min_prune: int) -> CacheSettings:
+    """What --keep, --tail, --turn and --min-prune ask for."""
     from kvpsi.kv import CacheSettings
 
-    for option, n_tokens, least in (("--keep", keep, 0), ("--tail", tail, 0), ("--min-prune", min_prune, 1)):
+    asked = (("--keep", keep, 0), ("--tail", tail, 0), ("--turn", turn, 0), ("--min-prune", min_prune, 1))
+    for option, n_tokens, least in asked:
         if n_tokens < least:
             raise UsageError(f"{option} is {n_tokens} tokens, which cannot be; give {least} or more.")
-    return CacheSettings(keep=keep, tail=tail, min_prune=min_prune)
+    return CacheSettings(keep=keep, tail=tail, turn=turn, min_prune=min_prune)
 
 
 def remark_on_protection(cache: CacheSettings, n_cells: int) -> str | None:
@@ -32,9 +33,9 @@ def remark_on_protection(cache: CacheSettings, n_cells: int) -> str | None:
     )
 
 
-def law_settings(reserve: str, regrow_above: str) -> LawSettings:
-    """What --reserve and --regrow-above ask for."""
-    from kvpsi.governor import LawSettings
+def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto") -> LawSettings:
+    """What --reserve, --regrow-above and --forget-rate ask for."""
+    from kvpsi.governor import GuardSettings, LawSettings
 
     low_bytes, high_bytes = _size_or_auto(reserve), _size_or_auto(regrow_above)
     if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
@@ -42,7 +43,9 @@ def law_settings(reserve: str, regrow_above: str) -> LawSettings:
             f"--regrow-above {regrow_above} is below --reserve {reserve}, so the cache would grow and shrink at once; "
             "raise --regrow-above, or lower --reserve."
         )
-    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes)
+    rate_bytes = 0 if forget_rate.strip() == "0" else _size_or_auto(forget_rate)
+    guards = GuardSettings(forget_bytes_per_min=rate_bytes, forget_burst_bytes=0 if rate_bytes == 0 else None)
+    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes, guards=guards)
 
 
 def _size_or_auto(text: str) -> int | None:

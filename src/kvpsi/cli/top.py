@@ -132,7 +132,11 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
     requests = f"answering {s['running']} of {s['parallel']}, {s['waiting']} waiting, {s['finished']} finished"
     table.add_row("requests", requests, f"{s['failed']} failed, {s['cancelled']} cancelled, {s['rejected']} rejected")
     given = f"{format_bytes(s['returned_bytes'])} in {s['releases']} releases"
-    table.add_row("given back", given, f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten")
+    table.add_row(
+        "given back",
+        given,
+        f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten, {s['healed_tokens']} healed",
+    )
     for line in history.told:
         table.add_row("governor", *line.split("  ", 1))
     return Panel(table, title=f"kvpsi · {s['model']}", expand=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import numbers
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -17,14 +18,17 @@ import llama_cpp
 
 from kvpsi.engines.attach import Attachment
 from kvpsi.engines.caches import ONLY_SEQUENCE, MakeCache, make_cache, make_elastic, make_elastic_or_rebuilt
+from kvpsi.engines.resting import Resting
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.instrument import Instrument, guarded
-from kvpsi.kv import CacheSettings, GatedCache, RebuildSettings
+from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings
+from kvpsi.kv.forgetting import Forgetting
 from kvpsi.kv.layout import seq_state
 from kvpsi.kv.policies import EvictionPolicy
 from kvpsi.kv.statedata import HEADER_BYTES, sequence_from_whole
+from kvpsi.ladder import Ladder
 from kvpsi.pressure import MonitorSettings, PressureSource, Trigger
 
 log = logging.getLogger("kvpsi")
@@ -39,7 +43,8 @@ _default_cache_limit = 1.0
 class Summary:
     """What has happened since `govern`, sizes in bytes.
 
-    ``mode`` is how memory is given back: page by page while the context lives, or by rebuilding it.
+    ``given_bytes`` tells what was given up for ``returned_bytes``: unused pages (``slack``) and the rungs of the
+    ladder. ``mode`` is how memory is given back: page by page while the context lives, or by rebuilding it.
     """
 
     capacity_bytes: int
@@ -50,6 +55,7 @@ class Summary:
     trims: int
     interrupts: int
     returned_bytes: int
+    given_bytes: dict[str, int]
     stall_s: float
     trusted: bool
     reason: str
@@ -63,6 +69,9 @@ class GovernedLlama:
         self.llm = llm
         self.cache = cache
         self.governor = governor
+        self._resting = Resting(llm, cache) if isinstance(cache, ElasticCache) else None
+        if self._resting is not None:
+            cache.ladder = Ladder((self._resting, Forgetting(weakref.ref(cache))))
         self._attached = Attachment()
         self._open_ones: list[GovernedLlama] = []
         self._closed = False
@@ -71,6 +80,27 @@ class GovernedLlama:
         """Let the cache use at most ``share`` (0..1] of its cells, whatever the pressure; more is evicted."""
         self.cache.cap_cells = int(_valid_share(share) * self.cache.n_cells)
         self.cache.give_now()
+
+    def heal(self) -> int:
+        """Evaluate again what the model has forgotten, or what was dropped while it rested, if there is room.
+
+        Returns how many tokens that were. The next prompt has the same done first, so this is for a moment in which
+        nobody waits.
+
+        Raises:
+            CacheRefusedError: memory got short meanwhile.
+        """
+        llm = self.llm
+        with self.cache.exclusively():
+            evaluate = type(llm).eval
+            n_tokens = self._resting.restore(lambda tokens: evaluate(llm, tokens)) if self._resting else 0
+            gap, end = self.cache.first_gap(ONLY_SEQUENCE), llm.n_tokens
+            if gap >= end or end > self.cache.allowed_cells:
+                return n_tokens
+            tokens = llm.input_ids[gap:end].tolist()
+            llm.n_tokens = gap  # what comes after it is removed as the first of these is evaluated
+            evaluate(llm, tokens)
+            return n_tokens + len(tokens)
 
     def summary(self) -> Summary:
         """Figures for people and logs."""
@@ -85,6 +115,7 @@ class GovernedLlama:
             trims=cache.trims,
             interrupts=cache.interrupts,
             returned_bytes=cache.returned_bytes,
+            given_bytes=cache.given_bytes,
             stall_s=self.governor.stall_s,
             trusted=cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not started"),
@@ -135,13 +166,15 @@ class GovernedLlama:
     def _attach(self) -> None:
         context, llm = self.llm._ctx, self.llm
         self._attached.replace(context, "decode", self._decode)
-        self._attached.replace(context, "kv_cache_clear", self.cache.clear)
+        self._attached.replace(context, "kv_cache_clear", self._dropping(self.cache.clear))
         self._attached.replace(context, "kv_cache_seq_rm", self._seq_rm)
         self._attached.replace(context, "kv_cache_seq_cp", self.cache.seq_cp)
         self._attached.replace(context, "kv_cache_seq_keep", self.cache.seq_keep)
         self._attached.replace(context, "kv_cache_seq_shift", self.cache.seq_add)
         self._attached.replace(llm, "generate", self._generate(llm.generate))
-        self._attached.replace(llm, "save_state", self._exclusively(llm.save_state))
+        self._attached.replace(llm, "eval", self._using(llm.eval, llm.eval))
+        self._attached.replace(llm, "reset", self._dropping(llm.reset))
+        self._attached.replace(llm, "save_state", self._exclusively(self._using(llm.save_state, llm.eval)))
         self._attached.replace(llm, "load_state", self._exclusively(self._load_state))
         if self.cache.mode == "rebuild":
             self._attached.replace(context, "n_ctx", lambda: self.cache.n_cells)
@@ -158,6 +191,27 @@ class GovernedLlama:
 
         return locked
 
+    def _using(self, original: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that needs all that the model seems to hold."""
+
+        def used(*args: Any, **kwargs: Any) -> Any:
+            if self._resting is not None:
+                with self.cache.exclusively():
+                    self._resting.use(evaluate)
+            return original(*args, **kwargs)
+
+        return used
+
+    def _dropping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A method after which nothing of what the model held is wanted."""
+
+        def dropped(*args: Any, **kwargs: Any) -> Any:
+            if self._resting is not None:
+                self._resting.forget()
+            return original(*args, **kwargs)
+
+        return dropped
+
     def _decode(self, batch: Any) -> None:
         code = self.cache.decode(batch.batch, divisible=True)
         if code != 0:
@@ -171,13 +225,33 @@ class GovernedLlama:
 
         def generate(tokens: Iterable[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
             prompt = list(tokens)
-            with self.cache.request():
-                if signature.bind(prompt, *args, **kwargs).arguments.get("reset", True):
+            begins_anew = signature.bind(prompt, *args, **kwargs).arguments.get("reset", True)
+            with self.cache.request(), self._asking(begins_anew):
+                if begins_anew:
                     with self.cache.exclusively():
                         self._recompute_what_was_forgotten(len(prompt))
                 yield from original(prompt, *args, **kwargs)
 
         return generate
+
+    @contextlib.contextmanager
+    def _asking(self, begins_anew: bool) -> Iterator[None]:
+        """Lasts as long as the model is asked: it does not rest, and what it needs of what was dropped is there."""
+        resting = self._resting
+        if resting is None:
+            yield
+            return
+        with self.cache.exclusively():
+            if begins_anew:
+                resting.forget()
+            else:
+                resting.use(self.llm.eval)
+            resting.begin()
+        try:
+            yield
+        finally:
+            with self.cache.exclusively():
+                resting.end()
 
     def _recompute_what_was_forgotten(self, n_tokens: int) -> None:
         """Before a new prompt reuses the cache: if there is room for all of it, reuse only what has no gaps."""

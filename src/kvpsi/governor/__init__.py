@@ -1,7 +1,8 @@
 """Decide: a pure control law, and the thread that runs it."""
 
 from kvpsi.governor.governor import Governed, Governor
+from kvpsi.governor.guards import GuardSettings
 from kvpsi.governor.law import Decision, LawSettings, State, decide
 from kvpsi.status import CacheStatus
 
-__all__ = ["CacheStatus", "Decision", "Governed", "Governor", "LawSettings", "State", "decide"]
+__all__ = ["CacheStatus", "Decision", "Governed", "Governor", "GuardSettings", "LawSettings", "State", "decide"]

@@ -13,9 +13,10 @@ that memory used sets ``high_bytes`` nearer to ``low_bytes``; with both the same
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvpsi.errors import UsageError
+from kvpsi.governor.guards import Allowance, Futility, GuardSettings
 from kvpsi.pressure.reading import Reading
 from kvpsi.status import CacheStatus as CacheStatus
 
@@ -43,6 +44,7 @@ class LawSettings:
         settle_s: after a saved conversation was taken in at once, for so long the headroom's slope is that work's and
             is not extended.
         pressed_chunk_tokens: prefill pieces under pressure, so that room is made in time before each.
+        guards: how much may be forgotten, and when that is no use.
     """
 
     low_bytes: int | None = None
@@ -58,6 +60,7 @@ class LawSettings:
     echo_s: float = 0.3
     settle_s: float = 0.5
     pressed_chunk_tokens: int = 64
+    guards: GuardSettings = field(default_factory=GuardSettings)
 
     def __post_init__(self) -> None:
         for name in ("low_bytes", "high_bytes"):
@@ -108,7 +111,7 @@ class State:
     ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. Where it was all of the
     cache, whose size is ``capacity_bytes``, it stays so if the cache is made anew with another size. ``given`` lists
     recent releases as (time, bytes, headroom just before). ``loading_at_s`` is when a saved conversation was last seen
-    being taken in.
+    being taken in. ``allowance`` and ``futility`` are what the guards remember.
     """
 
     limit_bytes: int | None = None
@@ -117,6 +120,8 @@ class State:
     grown_at_s: float = 0.0
     given: tuple[tuple[float, int, int], ...] = ()
     loading_at_s: float | None = None
+    allowance: Allowance = field(default_factory=Allowance)
+    futility: Futility = field(default_factory=Futility)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +188,28 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     if predicted < low:
         give = min(low - predicted, int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes))
         reason = f"headroom will be {predicted // MIB} MiB, {low // MIB} MiB are to stay free"
+    guards = settings.guards
+    state = replace(state, allowance=state.allowance.after(now, cache, guards))
     if stalled:
+        futility = state.futility.after(now, stall, reading.memory.some.total_us, cache, guards)
+        state = replace(state, futility=futility)
         by_stall = int(_step_share(stall, settings) * cache.used_bytes)
-        if by_stall > give:
+        futile = now < futility.until_s and by_stall > cache.lossless_bytes
+        if futile:
+            by_stall = cache.lossless_bytes
+        if by_stall > give or (futile and not give):
             give = by_stall
             reason = f"memory stalls {stall:.0%} of the time with {available // MIB} MiB of headroom"
+        if futile:
+            reason += (
+                f"; giving {futility.wasted_bytes // MIB} MiB did not change that, so nothing is forgotten for it for "
+                f"{math.ceil(futility.until_s - now)} s"
+            )
     give = max(0, min(give, cache.used_bytes - cache.floor_bytes))
+    without_loss = cache.lossless_bytes + state.allowance.n_bytes
+    if give > without_loss:
+        give = without_loss
+        reason += f"; no more than {60 * guards.rate_bytes_s(cache.capacity_bytes) / MIB:.0f} MiB a minute is forgotten"
 
     pressed = predicted < low or stalled
     if pressed:
@@ -204,8 +225,9 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
         reason = "holding"
     state = replace(state, limit_bytes=limit, capacity_bytes=cache.capacity_bytes)
 
-    # whatever was decided before, never grow into the reserve
-    gate = max(cache.floor_bytes, min(limit, cache.used_bytes + max(0, predicted - low) - give))
+    # whatever was decided before, never grow into the reserve, and never forget more than is allowed
+    gate = min(limit, cache.used_bytes + max(0, predicted - low) - give)
+    gate = max(cache.floor_bytes, gate, cache.used_bytes - without_loss)
     urgent = give > 0 and (stalled or predicted < low // 2)
     return Decision(gate, give, urgent, pressed or predicted < high, reason), state
 

@@ -35,7 +35,7 @@ from kvpsi.kv.keys import Keys
 from kvpsi.kv.layout import Section, discover, seq_state_apart
 from kvpsi.kv.policies import Auto, EvictionPolicy
 from kvpsi.kv.policies.base import CellView, view_of
-from kvpsi.kv.questions import Questions
+from kvpsi.kv.questions import Question, Questions
 from kvpsi.kv.run import Plans, Run, open_run
 from kvpsi.kv.statedata import SectionState, StateBytes, address_of, parse_state
 from kvpsi.kv.tracker import NOTHING, KeyRows, Micro, Release, SectionTracker
@@ -181,6 +181,17 @@ class ElasticCache(GatedCache):
         missing = np.flatnonzero(held != np.arange(held.size))
         return int(missing[0]) if missing.size else int(held.size)
 
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether a sequence can go on after its end was removed: a sliding window has lost what comes before."""
+        return self.trusted and not self._n_swa
+
+    @exclusive
+    def positions(self, seq_id: int) -> list[int]:
+        """Those that a sequence holds, in order."""
+        stream = self.trackers[0].mirror.stream_of(seq_id)
+        return [int(p) for p in np.sort(stream.pos[stream.owner[:, seq_id]])]
+
     def resident_bytes(self) -> int:
         """Bytes of the cache that are in memory, as the kernel counts them (smaps)."""
         return pages.resident_bytes([t.inner for t in self.trackers])[0]
@@ -196,6 +207,7 @@ class ElasticCache(GatedCache):
             self.floor_cells * per_cell,
             self.returned_bytes,
             self._loading_cells * per_cell,
+            forgotten_bytes=self.forgotten_cells * per_cell,
         )
 
     def give_now(self) -> int | None:
@@ -204,7 +216,11 @@ class ElasticCache(GatedCache):
             return None
         try:
             excess = 0 if self._closed else self.used_cells - self.allowed_cells
-            return self.evict(excess).release.returned_bytes if excess > 0 else 0
+            before = self.returned_bytes
+            if excess > 0:
+                self._settle()
+                self.ladder.give(excess * self.bytes_per_cell)
+            return self.returned_bytes - before
         finally:
             self._busy.release()
 
@@ -615,13 +631,15 @@ class ElasticCache(GatedCache):
     def _evict_for(self, n_tokens: int) -> int:
         """Evict what so many tokens need; how many cells are missing all the same."""
         missing = n_tokens - self._room_cells()
-        return missing - self.evict(max(missing, self.settings.min_prune)).freed_cells if missing > 0 else 0
+        if missing <= 0 or not self.makes_room:
+            return missing
+        return missing - self.ladder.give(missing * self.bytes_per_cell) // self.bytes_per_cell
 
     def _refuse_unless(self, n_tokens: int, room: int, streams: Sequence[StreamCells]) -> None:
         """Raise CacheRefusedError unless so many tokens fit into the room and what may go from the streams."""
         missing = n_tokens - room
         if missing > 0:
-            may_go = sum(self._may_go(streams))
+            may_go = sum(self._may_go(streams)) if self.makes_room else 0
             if may_go < missing:
                 raise self._refuse(n_tokens, missing - may_go)
 
@@ -643,6 +661,7 @@ class ElasticCache(GatedCache):
         trim = Trim(n_cells, freed, self.release_slack() if freed else NOTHING)
         if freed:
             self.trims += 1
+            self.forgotten_cells += freed
             self.instrument.event("trim", trim)
         return trim
 
@@ -700,6 +719,15 @@ class ElasticCache(GatedCache):
         else:
             outputs[-1] = True
         return self.questions.reading(tokens, outputs)
+
+    def question_of(self, seq_id: int) -> Question | None:
+        """The pending question of a sequence, to be kept with its saved state."""
+        return self.questions.of(seq_id) if self.questions is not None else None
+
+    def resume_question(self, seq_id: int, question: Question | None) -> None:
+        """A question is pending again, as its sequence was loaded, or is read again."""
+        if self.questions is not None and question is not None:
+            self.questions.resume(seq_id, question)
 
     def _lose_questions(self, seq_id: int, from_pos: int = 0) -> None:
         if self.questions is not None:

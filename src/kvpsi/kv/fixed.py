@@ -154,6 +154,11 @@ class FixedCache(GatedCache):
         self._count()
         return loaded
 
+    @property
+    def forgettable_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
     def evict(self, n_cells: int) -> Trim:
         """Nothing."""
         return Trim(n_cells, 0, NOTHING)

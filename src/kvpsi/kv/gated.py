@@ -8,6 +8,7 @@ import functools
 import logging
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import llama_cpp
 
 from kvpsi.errors import CacheRefusedError, UsageError
 from kvpsi.instrument import Instrument, guarded
+from kvpsi.kv.forgetting import Forgetting
 from kvpsi.kv.statedata import StateBytes
 from kvpsi.kv.tracker import Release
 from kvpsi.kv.ubatch import Tokens, read_batch
+from kvpsi.ladder import Ladder
 from kvpsi.status import CacheStatus
 
 log = logging.getLogger("kvpsi")
@@ -55,15 +58,15 @@ class CacheSettings:
     Attributes:
         keep: first tokens of each sequence that always stay (attention sinks), in tokens.
         tail: last tokens of each sequence that always stay, in tokens.
+        min_prune: least tokens that one eviction takes, so that whole pages become free.
         turn: most tokens that always stay of a conversation's first turn (the system prompt), from its beginning, and
             as many of the last turn that has ended (what is being answered), from its end.
-        min_prune: least tokens that one eviction takes, so that whole pages become free.
     """
 
     keep: int = 16
     tail: int = 256
-    turn: int = 256
     min_prune: int = 64
+    turn: int = 256
 
     def __post_init__(self) -> None:
         for name in ("keep", "tail", "turn", "min_prune"):
@@ -101,6 +104,13 @@ class GatedCache(ABC):
 
     ``mode`` tells how memory is given back. A subclass knows its ``n_cells`` before it calls ``__init__``, and sets
     ``_n_ubatch``, the most tokens that llama.cpp computes at once, and ``_n_swa``, the sliding window or 0.
+
+    Attributes:
+        ladder: what gives room, forgetting last.
+        makes_room: whether a decode asks the ladder for it; else that is done before, by whoever decodes.
+        releases, trims, interrupts: how often pages went back, something was forgotten, a decode was stopped.
+        forgotten_cells: all that ever were.
+        returned_bytes: all that ever went back to the system.
     """
 
     mode: ClassVar[Literal["pages", "rebuild", "fixed"]]
@@ -123,8 +133,11 @@ class GatedCache(ABC):
         self._abort_lock = threading.Lock()
         self._busy = threading.RLock()
         self._interruptible = False
+        self.ladder = Ladder((Forgetting(weakref.ref(self)),))
+        self.makes_room = True
         self.releases = 0
         self.trims = 0
+        self.forgotten_cells = 0
         self.interrupts = 0
         self.returned_bytes = 0
         self.limit_cells = self.cap_cells = self.n_cells
@@ -168,11 +181,19 @@ class GatedCache(ABC):
         self.on_forgotten = other._on_forgotten
         self.releases += other.releases
         self.trims += other.trims
+        self.makes_room = other.makes_room
+        self.forgotten_cells += other.forgotten_cells
         self.interrupts += other.interrupts
         self.returned_bytes += other.returned_bytes
 
     def _note_peak(self) -> None:
         self._peak_cells = self.peak_cells
+
+    @property
+    def given_bytes(self) -> dict[str, int]:
+        """What went back, by what was given up: unused pages (``slack``) and the rungs of the ladder."""
+        given = self.ladder.given_bytes
+        return {"slack": max(0, self.returned_bytes - sum(given.values())), **given}
 
     @property
     @abstractmethod
@@ -196,6 +217,16 @@ class GatedCache(ABC):
     @abstractmethod
     def first_gap(self, seq_id: int) -> int:
         """First position that a sequence has lost (or not reached yet): what is before it is complete."""
+
+    @property
+    def forgettable_bytes(self) -> int:
+        """How much an eviction could take."""
+        return max(0, self.used_cells - self._protected_cells) * self.bytes_per_cell
+
+    def forget(self, n_bytes: int) -> int:
+        """Evict so much, and as much as one eviction takes at least; the bytes that became free."""
+        n_cells = max(-(-n_bytes // self.bytes_per_cell), self.settings.min_prune)
+        return self.evict(n_cells).freed_cells * self.bytes_per_cell
 
     @property
     def allowed_cells(self) -> int:

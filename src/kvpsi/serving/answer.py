@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from kvpsi.kv.questions import Question
 from kvpsi.serving.request import Chosen, Event, Finished, FinishReason, Request, Text
 from kvpsi.serving.sampling import Sampler
 from kvpsi.serving.text import TextStream
@@ -17,6 +18,9 @@ class Answer:
         request: what was asked.
         sampler: chooses its tokens; it is kept when the answer is paused.
         emit: takes its events.
+
+    Attributes:
+        question: what it answers, while it is paused.
     """
 
     def __init__(self, request: Request, sampler: Sampler, emit: Callable[[Request, Event], None]) -> None:
@@ -29,6 +33,7 @@ class Answer:
         self.cached_tokens = 0
         self.forgotten_tokens = 0
         self.pauses = 0
+        self.question: Question | None = None
         self.finished = False
         self.reason: FinishReason | None = None
         self.queued_s = 0.0
@@ -40,6 +45,18 @@ class Answer:
     def left(self) -> int:
         """Tokens that have yet to be decoded."""
         return len(self.tokens) - self.n_done
+
+    @property
+    def left_at_once(self) -> int:
+        """How many of these may be decoded together.
+
+        What was generated before a pause is read again one by one, as it was decoded then, if the answer is to be the
+        same as without a pause.
+        """
+        n_prompt = len(self.request.prompt)
+        if not self.pauses or not self.request.sampling.repeatable:
+            return self.left
+        return n_prompt - self.n_done if self.n_done < n_prompt else min(1, self.left)
 
     @property
     def writing(self) -> bool:

@@ -20,7 +20,7 @@ from kvpsi.kv import CacheSettings, ElasticCache
 from kvpsi.kv.fixed import FixedCache
 from kvpsi.kv.pages import can_release
 from kvpsi.kv.policies import Auto, EvictionPolicy
-from kvpsi.kv.questions import Questions
+from kvpsi.kv.questions import Question, Questions
 
 log = logging.getLogger("kvpsi")
 
@@ -151,8 +151,7 @@ class ServedContext:
             ContextLostError: no context could be made any more, and there is none now.
         """
         before, n_before = self.cache, self.cache.n_cells
-        memory = llama_cpp.llama_get_memory(self.ctx)
-        held = [s for s in range(self.n_seq) if llama_cpp.llama_memory_seq_pos_max(memory, s) >= 0]
+        held = [s for s in range(self.n_seq) if self.last_pos(s) >= 0]
         states = {seq_id: before.save_sequence(seq_id) for seq_id in held}
         self.growing_bytes = n_cells * before.bytes_per_cell
         try:
@@ -184,6 +183,19 @@ class ServedContext:
             return self.cache.load_sequence(state, seq_id)
         except CacheRefusedError:
             return False
+
+    def last_pos(self, seq_id: int) -> int:
+        """The largest position of a sequence, -1 if it is empty."""
+        return int(llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(self.ctx), seq_id))
+
+    def question_of(self, seq_id: int) -> Question | None:
+        """What is being asked in a sequence, as far as that is heeded."""
+        return self.cache.question_of(seq_id) if isinstance(self.cache, ElasticCache) else None
+
+    def resume_question(self, seq_id: int, question: Question | None) -> None:
+        """The same is asked in a sequence that is loaded, or read again."""
+        if isinstance(self.cache, ElasticCache):
+            self.cache.resume_question(seq_id, question)
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; none for a control token."""

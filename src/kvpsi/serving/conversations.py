@@ -11,7 +11,7 @@ import collections
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvpsi.errors import CacheRefusedError, KvpsiError, LayoutError
 from kvpsi.kv.gated import Forgotten
@@ -33,11 +33,19 @@ MakeRoom = Callable[[int, Session | None], int]
 
 @dataclass(eq=False, slots=True)
 class Held:
-    """Tokens that a sequence of the cache holds, from the first on without a gap; ``pin`` is whose they are."""
+    """Tokens that a sequence of the cache holds, from the first on without a gap.
+
+    Attributes:
+        seq_id: which sequence.
+        tokens: what it holds.
+        pin: whose they are, if their client said so.
+        lost: the tokens that followed, of which some were forgotten.
+    """
 
     seq_id: int
     tokens: list[int]
     pin: str | None
+    lost: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Prompt:
     Attributes:
         tokens: all of them.
         pin: whose they are, if their client says so.
-        n_anew: of the last ones so many are read again where all are there; the last one always is.
+        n_anew: of the last ones so many are read in any case; the last one always is.
     """
 
     tokens: Sequence[int]
@@ -89,9 +97,15 @@ class Conversations:
         self._shares = context.plan.unified and not self._uncut
 
     @property
+    def resting(self) -> Held | None:
+        """The one that rests in the cache."""
+        return self._resting
+
+    @property
     def resting_tokens(self) -> int:
         """Tokens of the one that rests."""
-        return len(self._resting.tokens) if self._resting else 0
+        resting = self._resting  # looked at once, as any thread may ask
+        return len(resting.tokens) if resting else 0
 
     # -- costs ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +176,7 @@ class Conversations:
 
     def end(self, held: Held, *, alone: bool) -> None:
         """Nobody is answering it any more; it rests, or is saved if others are being answered."""
-        if len(held.tokens) < _LEAST_KEPT_TOKENS:
+        if len(held.tokens) + len(held.lost) < _LEAST_KEPT_TOKENS:
             self.release(held.seq_id)
             return
         self._save_resting()
@@ -177,11 +191,38 @@ class Conversations:
         self._context.cache.seq_rm(seq_id, -1, -1)
         self._free.append(seq_id)
 
-    def give_resting(self) -> None:
-        """Give up what rests."""
-        if self._resting is not None:
-            self.release(self._resting.seq_id)
-            self._resting = None
+    def give_resting(self) -> int:
+        """Give up what rests; its tokens."""
+        resting, self._resting = self._resting, None
+        if resting is None:
+            return 0
+        self.release(resting.seq_id)
+        return len(resting.tokens)
+
+    def set_aside(self, held: Held) -> bool:
+        """Take a running answer's sequence out of the cache, into a file if that is worth it, such that it comes back
+        to the last bit; whether it is in one. For a moment it takes twice as much memory."""
+        n_tokens = len(held.tokens)
+        n_bytes = n_tokens * self._context.cache.bytes_per_cell
+        is_worth_it = self._parking.may_write and self._parking.is_worth_it(n_bytes, self.recompute_s(n_tokens))
+        session = self._copy_of(held) if is_worth_it else None
+        self.release(held.seq_id)
+        if session is None:
+            return False
+        self._sessions.add(session)
+        if self._parking.write_at_once(session):
+            self._sessions.unload(session)
+            return True
+        self._sessions.remove(session)
+        return False
+
+    def _copy_of(self, held: Held) -> Session | None:
+        cache = self._context.cache
+        try:
+            return Session(held.tokens, cache.save_sequence(held.seq_id), held.pin) if cache.trusted else None
+        except (KvpsiError, OSError) as error:
+            log.info("A paused answer is read again, as it could not be saved: %s", error)
+            return None
 
     def note_lost(self, seq_ids: Sequence[int]) -> None:
         """These sequences are empty now."""
@@ -226,9 +267,8 @@ class Conversations:
 
     def _usable(self, held: Sequence[int], prompt: Prompt) -> int:
         """How many of a prompt's first tokens can be taken from held ones."""
-        n_tokens, last = common_prefix(held, prompt.tokens), len(prompt.tokens) - 1
-        if n_tokens >= last:
-            n_tokens = max(0, last + 1 - prompt.n_anew)
+        n_anew = 1 if self._uncut else prompt.n_anew
+        n_tokens = max(0, min(common_prefix(held, prompt.tokens), len(prompt.tokens) - n_anew))
         return 0 if self._uncut and n_tokens < len(held) else n_tokens
 
     def _longest(self, prompt: Prompt, sequences: Sequence[Held]) -> tuple[Held | None, int]:

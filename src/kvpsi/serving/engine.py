@@ -24,9 +24,10 @@ from kvpsi.errors import (
     PromptTooLongError,
     UsageError,
 )
-from kvpsi.governor.ladder import Ladder
+from kvpsi.kv.forgetting import Forgetting
 from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
 from kvpsi.kv.spill import SpillFolder
+from kvpsi.ladder import Ladder
 from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
@@ -35,10 +36,10 @@ from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
-from kvpsi.serving.rungs import ParkedConversations, SavedConversations
+from kvpsi.serving.rungs import ParkedConversations, PausedAnswer, RestingConversation, SavedConversations
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Session, Sessions
-from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, plan
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, piece_of, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
@@ -79,12 +80,14 @@ class EngineSettings:
         most_waiting: requests that may wait beside them.
         chunk_beside: tokens of prompts in one decode while somebody's answer is being written.
         least_idle_s: for which nobody has been answering a conversation before it is parked, unless memory is short.
+        heals: whether what was forgotten is read again while nobody is being answered and there is room.
     """
 
     parallel: int = 8
     most_waiting: int = 64
     chunk_beside: int = 128
     least_idle_s: float = 10.0
+    heals: bool = True
 
     def __post_init__(self) -> None:
         most = int(llama_cpp.llama_max_parallel_sequences()) - 1
@@ -111,6 +114,8 @@ class Counters:
     rejected: int = 0
     pauses: int = 0
     forgotten_tokens: int = 0
+    healed_tokens: int = 0
+    healing_s: float = 0.0
     busy_s: float = 0.0
     prompt_s: float = 0.0
 
@@ -124,6 +129,7 @@ class Engine:
         deliver: takes the events of each step at once, in the engine's thread; it must return quickly. By default
             every request's listener is called.
         spare_bytes: memory that could be taken for a while without harm; asked before the context grows.
+        free_bytes: memory that could be taken for a moment: a paused answer is copied before it is written to a file.
         on_death: told, by the engine's thread, if it cannot go on.
         thread: in which it works; the one that made the context, or else speed is lost. None: one of its own.
         spill: where idle conversations are parked; it is closed with the engine. None: they are dropped instead.
@@ -136,6 +142,7 @@ class Engine:
         settings: EngineSettings | None = None,
         deliver: Deliver | None = None,
         spare_bytes: Callable[[], int] = lambda: 0,
+        free_bytes: Callable[[], int] = lambda: 0,
         on_death: Callable[[KvpsiError], None] = lambda _: None,
         thread: ComputingThread | None = None,
         spill: SpillFolder | None = None,
@@ -148,18 +155,21 @@ class Engine:
         self.conversations = Conversations(
             context, self.sessions, self.parking, self._make_room, lambda n_tokens: self.memory.missing_cells(n_tokens)
         )
+        self.running: list[Answer] = []
         self._keeping: Session | None = None
         self._look_at_s = 0.0
         rungs = (
             ParkedConversations(self.sessions, self.parking, self._is_kept),
             SavedConversations(self.sessions, self.conversations, self._is_kept),
+            RestingConversation(self.conversations, self._bytes_per_cell),
+            PausedAnswer(self.running, self._pause, self.conversations, self._bytes_per_cell),
+            Forgetting(lambda: context.cache),
         )
-        self.memory = CacheMemory(context, self.sessions, Ladder(rungs), self._shrink_if_idle)
+        self.memory = CacheMemory(context, self.sessions, Ladder(rungs), self._shrink_if_idle, self._lossless_cells)
         self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
         self.counters = Counters()
-        self.running: list[Answer] = []
         self._deliver = deliver or _tell_listeners
-        self._spare_bytes = spare_bytes
+        self._spare_bytes, self._free_bytes = spare_bytes, free_bytes
         self._on_death = on_death
         self._is_tight = is_tight
         self._events: list[tuple[Request, Event]] = []
@@ -175,6 +185,7 @@ class Engine:
         self._was_stopped_at: tuple[int, int, int] | None = None
         self._seeds = np.random.default_rng()
         context.cache.on_forgotten = self._note_forgotten
+        context.cache.makes_room = False  # it is made before, by what loses nothing as far as possible
         self._own_thread: ComputingThread | None = None
         if thread is None:
             thread = self._own_thread = ComputingThread()
@@ -262,6 +273,8 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
+                elif held := self._to_heal():
+                    self._heal(held)
                 self._park_if_due()
             except ContextLostError as error:
                 self._closing = True
@@ -278,9 +291,8 @@ class Engine:
         """Do what was asked for; wait for it if there is nothing else to do."""
         if not self.running:
             self._idle = True
-            timeout_s = _RETRY_S if len(self.waiting) else _LOOK_S if self.conversations.may_park else None
             try:
-                job = self._jobs.get(timeout=timeout_s)
+                job = self._jobs.get(timeout=self._patience_s())
             except queue.Empty:
                 job = None
             self._idle = False
@@ -294,6 +306,16 @@ class Engine:
             if job is not None:
                 job()
                 return  # one at a time, so that whoever asks again at once does not keep all others waiting
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for something to do before looking again."""
+        if self._to_heal() is not None:
+            return 0.001
+        if len(self.waiting):
+            return _RETRY_S
+        resting = self.conversations.resting
+        may_heal = self.settings.heals and resting is not None and resting.lost
+        return _LOOK_S if may_heal or self.conversations.may_park else None
 
     def _leave_no_job(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -365,7 +387,7 @@ class Engine:
         if not self.sessions.n_parked:
             return True
         paused = self._paused.get(request)
-        prompt = _prompt_of(request, paused.tokens if paused else request.prompt)
+        prompt = Prompt(paused.tokens, request.pin) if paused else _prompt_of(request)
         return self.conversations.is_ready(prompt, [self._held_by(other) for other in self.running])
 
     def _may_begin(self, request: Request) -> bool:
@@ -418,8 +440,10 @@ class Engine:
             for token in request.prompt[-_PENALTY_TOKENS:] if request.sampling.penalizes else ():
                 answer.sampler.accept(token)
         running = [self._held_by(other) for other in self.running]
-        seq_id, n_done = self.conversations.begin(_prompt_of(request, answer.tokens), running)
+        prompt = Prompt(answer.tokens, request.pin) if answer.pauses else _prompt_of(request)
+        seq_id, n_done = self.conversations.begin(prompt, running)
         answer.begin(seq_id, n_done)
+        self.context.resume_question(seq_id, answer.question)
         self.counters.cached_tokens += n_done
         self.counters.prompt_tokens += len(answer.tokens) - n_done
         self.running.append(answer)
@@ -437,6 +461,10 @@ class Engine:
         answer.sampler.close()
         held = self._held_by(answer)
         if answer.forgotten_tokens:
+            # what is read again is read in even pieces, as it would be by a server that never forgot it
+            n_lost = answer.n_done - len(held.tokens)
+            del held.tokens[max(0, len(held.tokens) - max(0, EVEN_PIECE_TOKENS - n_lost)) :]
+            held.lost = answer.tokens[len(held.tokens) : answer.n_done]
             self.context.cache.seq_rm(answer.seq_id, len(held.tokens), -1)
         self.conversations.end(held, alone=not self.running)
 
@@ -477,7 +505,7 @@ class Engine:
             if not any(part.sequence.writing for part in parts):
                 self.counters.prompt_s += elapsed_s
                 self.conversations.note_reading(sum(part.n_tokens for part in parts), elapsed_s)
-            self._prompts_next = parts[0].sequence.left == 1
+            self._prompts_next = parts[0].sequence.left_at_once == 1
             for part in parts:
                 part.sequence.n_done += part.n_tokens
             for answer, index in outputs:
@@ -497,22 +525,31 @@ class Engine:
             raise EnvironmentProblem(f"llama_decode returned {code}")
 
     def _fitting_parts(self) -> list[Part[Answer]]:
-        """What to decode next, after room was made for it; answers are paused where it takes that."""
+        """What to decode next, after room was made for it; an answer may have been paused for that."""
         while True:
             most = min(self.context.n_batch, self.context.cache.most_at_once())
             parts = plan(self.running, most, self.settings.chunk_beside, prompts_next=self._prompts_next)
-            n_tokens = sum(p.n_tokens for p in parts)
-            missing = self.memory.make_room(n_tokens)
-            if missing and self._grow(self.context.cache.used_cells + n_tokens):
+            n_tokens, n_running = sum(p.n_tokens for p in parts), len(self.running)
+            if self.memory.missing_cells(n_tokens) and self._grow(self.context.cache.used_cells + n_tokens):
                 continue
-            if not missing or len(self.running) < 2:
+            missing = self.memory.make_room(n_tokens)
+            if missing and len(self.running) == n_running > 1:
+                self._pause(self.running[-1])
+            if len(self.running) == n_running:
                 return parts
-            self._pause(self.running[-1])
 
-    def _pause(self, answer: Answer) -> None:
-        """Give up what a running answer holds; it goes on later where it was, after reading it again."""
+    def _pause(self, answer: Answer) -> int:
+        """Give up what a running answer holds, and the bytes; it goes on later where it was, from a file or after
+        reading it again."""
+        cache = self.context.cache
+        before = cache.used_cells
         self.running.remove(answer)
-        self.conversations.release(answer.seq_id)
+        answer.question = self.context.question_of(answer.seq_id)
+        held = self._held_by(answer)
+        if not answer.forgotten_tokens and len(held.tokens) * cache.bytes_per_cell < self._free_bytes():
+            self.conversations.set_aside(held)
+        else:
+            self.conversations.release(answer.seq_id)
         answer.n_done = 0
         answer.pauses += 1
         self.counters.pauses += 1
@@ -520,6 +557,7 @@ class Engine:
         answer.request.deadline_s = math.inf  # it was begun in time
         with self._lock:
             self.waiting.put_back(answer.request)
+        return (before - cache.used_cells) * cache.bytes_per_cell
 
     def _fill(self, parts: Sequence[Part[Answer]]) -> list[tuple[Answer, int]]:
         self._batch.clear()
@@ -540,7 +578,8 @@ class Engine:
         try:
             code = cache.decode(self._batch.native, return_when_stopped=stoppable)
         except CacheRefusedError as error:
-            self._note_refusal(error)
+            if self.memory.make_room(len(self._batch)):
+                self._note_refusal(error)
             return DECODE_ABORTED
         self._was_stopped_at = given if code == DECODE_ABORTED else None
         return code
@@ -551,7 +590,7 @@ class Engine:
         self._refused_since = self._refused_since or now
         if len(self.running) > 1:
             self._pause(self.running[-1])
-        elif now - self._refused_since > _REFUSED_FOR_S:
+        elif now - self._refused_since > _REFUSED_FOR_S and self.running:
             self._refused_since = None
             answer = self.running[0]
             self.counters.failed += 1
@@ -599,6 +638,33 @@ class Engine:
         ordered = likeliest[np.argsort(-chances[likeliest], kind="stable")]
         return Chosen(chance(token), tuple(chance(int(each)) for each in ordered))
 
+    # -- healing -------------------------------------------------------------------------------------------------
+
+    def _to_heal(self) -> Held | None:
+        """What rests and can be made whole again now: nobody waits, and there is room for all of it."""
+        held = self.conversations.resting
+        if not self.settings.heals or held is None or not held.lost or self.running or len(self.waiting):
+            return None
+        is_room = not self.memory.missing_cells(len(held.lost)) and not self._is_tight()
+        return held if is_room and self.context.cache.trusted else None
+
+    def _heal(self, held: Held) -> None:
+        """Read a piece of what was forgotten again."""
+        cache = self.context.cache
+        most = min(self.settings.chunk_beside, self.context.n_batch, cache.most_at_once())
+        piece = held.lost[: piece_of(len(held.lost), most)]
+        began = time.monotonic()
+        self._batch.clear()
+        self._batch.add(held.seq_id, len(held.tokens), piece, output=False)
+        code = self._decode()
+        if code == DECODE_OK:
+            held.tokens += piece
+            del held.lost[: len(piece)]
+            self.counters.healed_tokens += len(piece)
+            self.counters.healing_s += time.monotonic() - began
+        elif code != DECODE_ABORTED:  # there is no room after all
+            held.lost.clear()
+
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _note_forgotten(self, lost: Forgotten) -> None:
@@ -611,9 +677,16 @@ class Engine:
     def _make_room(self, n_tokens: int, keeping: Session | None) -> int:
         self._keeping = keeping
         try:
-            return self.memory.make_room(n_tokens)
+            return self.memory.make_room(n_tokens, of_the_saved_only=True)
         finally:
             self._keeping = None
+
+    def _bytes_per_cell(self) -> int:
+        return self.context.cache.bytes_per_cell
+
+    def _lossless_cells(self) -> int:
+        """Cells of what rests, and of all answers but the first; any thread may ask."""
+        return self.conversations.resting_tokens + sum(answer.n_done for answer in self.running[1:])
 
     def _is_kept(self, session: Session) -> bool:
         return session is self._keeping
@@ -648,17 +721,16 @@ class Engine:
             return None
 
     def _shrink(self) -> int:
-        """Give what is above the limit: saved conversations, then what rests in the cache, then tokens."""
+        """Give what is above the limit."""
         before = self.memory.returned_bytes
-        if self.memory.make_room(0):
-            self.conversations.give_resting()
-        self.context.cache.give_now()
+        self.memory.make_room(0)
         return self.memory.returned_bytes - before
 
 
-def _prompt_of(request: Request, tokens: Sequence[int]) -> Prompt:
-    """What is to be read for a request. Where all of it is there, so much is read again that an answer which is to be
-    repeatable follows from the same roundings as the first time."""
+def _prompt_of(request: Request) -> Prompt:
+    """What is to be read for a request. Where most of it is there, so much is read again that an answer which is to be
+    repeatable follows from the same roundings as if nothing had been."""
+    tokens = request.prompt
     n_alike = EVEN_PIECE_TOKENS if len(tokens) >= EVEN_PIECE_TOKENS else _LEAST_PIECE_TOKENS
     return Prompt(tokens, request.pin, n_alike if request.sampling.repeatable else 1)
 

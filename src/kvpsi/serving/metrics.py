@@ -89,6 +89,8 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_interrupts", "How often a running decode was stopped to make room.", s.interrupts
     yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
     yield "kvpsi_forgotten_tokens", "Tokens that were forgotten.", s.forgotten_tokens
+    yield "kvpsi_healed_tokens", "Forgotten tokens that were read again while nobody waited.", s.healed_tokens
+    yield "kvpsi_healing_seconds", "Time that this took.", s.healing_s
     yield "kvpsi_sessions_dropped", "Saved conversations that were dropped.", s.sessions_dropped
     yield "kvpsi_sessions_parked", "Conversations that were written to a file.", s.parked
     yield "kvpsi_sessions_restored", "Parked conversations that were read from their file again.", s.restored

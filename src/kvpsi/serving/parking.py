@@ -27,6 +27,7 @@ Do = Callable[[Callable[[], object]], object]
 _SUPPOSED_BYTES_S = 200e6
 _HOLD_OFF_S = 60.0
 _PATIENCE_S = 5.0
+_AT_ONCE_S = 1.0
 
 
 class Parking:
@@ -119,6 +120,22 @@ class Parking:
         self._make_room(folder.most_bytes - session.n_bytes)
         self._submit(lambda: folder.write(state), lambda future: self._note_written(session, state, future))
         self._busy = session.is_written = True
+
+    def write_at_once(self, session: Session) -> bool:
+        """Write a conversation while everybody waits, a second at most; whether it is in a file then."""
+        folder, state, thread = self._folder, session.state, self._thread
+        if folder is None or thread is None or state is None or not self.may_write:
+            return False
+        self._make_room(folder.most_bytes - session.n_bytes)
+        future = thread.call(lambda: folder.write(state))
+        self._busy = session.is_written = True
+        with contextlib.suppress(TimeoutError, Exception):  # whatever it was is told below
+            future.result(_AT_ONCE_S)
+        if future.done():
+            self._note_written(session, state, future)
+        else:
+            future.add_done_callback(lambda done: self._do(lambda: self._note_written(session, state, done)))
+        return session.spilled is not None
 
     def _make_room(self, most_bytes: int) -> None:
         """Have the oldest files removed until no more than so much is left."""

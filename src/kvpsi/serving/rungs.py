@@ -1,19 +1,22 @@
 """What a server can give beside unused pages, one class each; the engine's thread has them give.
 
-What comes after these costs somebody something that he notices: pausing an answer, and forgetting. They are the
-engine's and the cache's own to choose.
+The last one, forgetting, is that of every cache (`kvpsi.kv.forgetting`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kvpsi.governor.ladder import Offer, Rung
+from kvpsi.kv.forgetting import Forgetting
+from kvpsi.ladder import Offer, Rung
+from kvpsi.serving.answer import Answer
 from kvpsi.serving.conversations import Conversations
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.sessions import Session, Sessions
 
 _PINNED = 100.0  # times that it counts to have a conversation again that somebody asked to keep
+_WAITED_FOR = 10.0  # times that it counts to have one again for which somebody waits just now
+_LEAST_WORTH_PAUSING = 256  # tokens; who holds fewer gives too little for the wait
 
 Spared = Callable[[Session], bool]
 """Whether a conversation is in use just now, so that it must stay."""
@@ -35,7 +38,7 @@ class ParkedConversations(Rung):
         session = self._next()
         return Offer(session.n_bytes, _weight(session) * self._parking.read_s(session.n_bytes)) if session else None
 
-    def give(self) -> int:
+    def give(self, n_bytes: int) -> int:  # noqa: ARG002 - a whole conversation at once
         """Give its memory back."""
         session = self._next()
         return self._sessions.unload(session) if session else 0
@@ -63,10 +66,72 @@ class SavedConversations(Rung):
             return None
         return Offer(session.n_bytes, _weight(session) * self._conversations.recompute_s(len(session.tokens)))
 
-    def give(self) -> int:
+    def give(self, n_bytes: int) -> int:  # noqa: ARG002 - a whole conversation at once
         """Drop it."""
         session = self._next()
         return self._sessions.drop(session) if session else 0
+
+
+class RestingConversation(Rung):
+    """The conversation that rests in the cache: its cells go, and the model reads it again when it comes back."""
+
+    name = "resting"
+
+    def __init__(self, conversations: Conversations, bytes_per_cell: Callable[[], int]) -> None:
+        self._conversations, self._bytes_per_cell = conversations, bytes_per_cell
+
+    def offer(self) -> Offer | None:
+        """All of it, at the cost of reading it again."""
+        held = self._conversations.resting
+        if held is None:
+            return None
+        n_tokens, weight = len(held.tokens), 1.0 if held.pin is None else _PINNED
+        return Offer(n_tokens * self._bytes_per_cell(), weight * self._conversations.recompute_s(n_tokens))
+
+    def give(self, n_bytes: int) -> int:  # noqa: ARG002 - a whole conversation at once
+        """Give it up."""
+        n_tokens = self._conversations.give_resting()
+        return n_tokens * self._bytes_per_cell()
+
+
+class PausedAnswer(Rung):
+    """The answer that began last, as long as there is another: it waits before all others and goes on later where it
+    was, from a file or after reading it again in the same way.
+
+    Args:
+        running: the answers, in the order in which they began.
+        pause: pauses one; the bytes that its cells took.
+        conversations: know what reading takes.
+        bytes_per_cell: of the cache.
+    """
+
+    name = "paused"
+
+    def __init__(
+        self,
+        running: Sequence[Answer],
+        pause: Callable[[Answer], int],
+        conversations: Conversations,
+        bytes_per_cell: Callable[[], int],
+    ) -> None:
+        self._running, self._pause = running, pause
+        self._conversations, self._bytes_per_cell = conversations, bytes_per_cell
+
+    def offer(self) -> Offer | None:
+        """What it holds, at the cost of reading it again while somebody waits."""
+        if len(self._running) < 2:
+            return None
+        n_tokens = self._running[-1].n_done
+        cost_s = _WAITED_FOR * self._conversations.recompute_s(max(n_tokens, _LEAST_WORTH_PAUSING))
+        return Offer(max(1, n_tokens) * self._bytes_per_cell(), cost_s)
+
+    def give(self, n_bytes: int) -> int:  # noqa: ARG002 - a whole answer at once
+        """Pause it."""
+        return self._pause(self._running[-1])
+
+
+LIVE: frozenset[str] = frozenset({RestingConversation.name, PausedAnswer.name, Forgetting.name})
+"""What is in the cache: these are spared where something is only to be taken into it."""
 
 
 def _weight(session: Session) -> float:

@@ -74,7 +74,15 @@ class Service:
         self.latencies: Latencies | None = None
         self.events = events or Events()
         self.engine = Engine(
-            context, settings, self._deliver, self._spare_bytes, on_death, thread, spill, self._is_tight
+            context,
+            settings,
+            self._deliver,
+            self._spare_bytes,
+            self._free_bytes,
+            on_death=on_death,
+            thread=thread,
+            spill=spill,
+            is_tight=self._is_tight,
         )
         try:
             self.history = History(self.status)
@@ -115,7 +123,7 @@ class Service:
             parked=engine.parking.written,
             restored=engine.parking.read_again,
             parking_failures=engine.parking.failures,
-            given_bytes=dict(engine.memory.ladder.given_bytes),
+            given_bytes=engine.memory.given_bytes,
             capacity_bytes=sizes.capacity_bytes,
             used_bytes=sizes.used_bytes,
             committed_bytes=cache.committed_cells * cache.bytes_per_cell,
@@ -131,6 +139,8 @@ class Service:
             interrupts=cache.interrupts,
             returned_bytes=engine.memory.returned_bytes,
             forgotten_tokens=counters.forgotten_tokens,
+            healed_tokens=counters.healed_tokens,
+            healing_s=counters.healing_s,
             decodes=counters.decodes,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
@@ -156,6 +166,11 @@ class Service:
         if self.governor is None or reading is None:
             return 0
         return reading.headroom.available_bytes - self.governor.settings.low_for(reading.headroom.limit_bytes)
+
+    def _free_bytes(self) -> int:
+        """Headroom; nothing is known of it where nothing is governed."""
+        reading = self.governor.reading if self.governor else None
+        return reading.headroom.available_bytes if reading else 0
 
     def _is_tight(self) -> bool:
         """Whether headroom is below twice that at which the cache stops to grow."""

@@ -42,6 +42,8 @@ class Status:
     interrupts: int
     returned_bytes: int
     forgotten_tokens: int
+    healed_tokens: int
+    healing_s: float
     decodes: int
     prompt_tokens: int
     cached_tokens: int

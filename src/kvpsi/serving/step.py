@@ -15,6 +15,11 @@ class Reads(Protocol):
         """How many; after the last of them the next one is chosen."""
         ...
 
+    @property
+    def left_at_once(self) -> int:
+        """How many of these may be in one decode."""
+        ...
+
 
 T = TypeVar("T", bound=Reads)
 EVEN_PIECE_TOKENS = 64
@@ -44,20 +49,20 @@ def plan(sequences: Iterable[T], most_tokens: int, most_beside: int, *, prompts_
         prompts_next: whether it is the prompts' turn, if there are both.
     """
     waiting = [s for s in sequences if s.left > 0]
-    writing = [s for s in waiting if s.left == 1]
+    writing = [s for s in waiting if s.left_at_once == 1]
     if writing and not (prompts_next and len(writing) < len(waiting)):
-        return [Part(s, 1, True) for s in writing[:most_tokens]]
+        return [Part(s, 1, s.left == 1) for s in writing[:most_tokens]]
     parts: list[Part[T]] = []
     room = min(most_tokens, most_beside) if writing else most_tokens
     for sequence in waiting:
-        if sequence.left > 1 and room > 0:
-            n_tokens = _piece(sequence.left, room)
+        if sequence.left_at_once > 1 and room > 0:
+            n_tokens = piece_of(sequence.left_at_once, room)
             parts.append(Part(sequence, n_tokens, n_tokens == sequence.left))
             room -= n_tokens
     return parts
 
 
-def _piece(left: int, room: int) -> int:
+def piece_of(left: int, room: int) -> int:
     """The next tokens of a prompt; where there is room, neither they nor what is left is too short."""
     if room < left < room + EVEN_PIECE_TOKENS and room >= 2 * EVEN_PIECE_TOKENS:
         return left - EVEN_PIECE_TOKENS

@@ -8,7 +8,7 @@ import llama_cpp
 
 from kvpsi.pressure.psi import parse_pressure
 
-_SHARE = 0.10
+SHARE = 0.10
 
 
 class Pruner:
@@ -30,7 +30,7 @@ class Pruner:
         spare = llm.n_tokens - self.keep - self.tail
         if avg10 < self.threshold or spare < self.min_prune:
             return 0
-        count = min(spare, max(self.min_prune, int(_SHARE * llm.n_tokens)))
+        count = min(spare, max(self.min_prune, int(SHARE * llm.n_tokens)))
         memory = llama_cpp.llama_get_memory(llm.ctx)
         end = self.keep + count
         llama_cpp.llama_memory_seq_rm(memory, 0, self.keep, end)

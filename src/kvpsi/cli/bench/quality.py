@@ -10,7 +10,6 @@ import typer
 from kvpsi import models
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import cache_settings
 from kvpsi.errors import UsageError
 from kvpsi.units import parse_share
 
@@ -35,6 +34,7 @@ def quality(
 ) -> None:
     """Perplexity after a trim, and facts that are still known, for every policy."""
     from kvpsi.bench.quality.run import Plan, run
+    from kvpsi.kv import CacheSettings
     from kvpsi.kv.policies import POLICIES
 
     shares = tuple(parse_share(each) for each in kept.split(","))
@@ -52,7 +52,7 @@ def quality(
         n_documents=documents,
         n_haystacks=haystacks,
         n_facts=facts,
-        settings=cache_settings(keep, tail, 64),
+        settings=CacheSettings(keep, tail),
         n_threads=threads,
         seed=seed,
     )

@@ -58,7 +58,11 @@ class RebuiltCache(ResizedCache):
         """For the control law; in use is the whole context, as shrinking it is what gives memory back."""
         per_cell = self.bytes_per_cell
         return CacheStatus(
-            self.capacity_bytes, self.committed_cells * per_cell, self.floor_cells * per_cell, self.returned_bytes
+            self.capacity_bytes,
+            self.committed_cells * per_cell,
+            self.floor_cells * per_cell,
+            self.returned_bytes,
+            forgotten_bytes=self.forgotten_cells * per_cell,
         )
 
     def give_now(self) -> int | None:

@@ -154,6 +154,7 @@ class ResizedCache(GatedCache):
         trim = Trim(n_cells, freed, NOTHING)
         if freed:
             self.trims += 1
+            self.forgotten_cells += freed
             self.instrument.event("trim", trim)
         return trim
 

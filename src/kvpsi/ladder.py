@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 LOSSY = math.inf
@@ -38,8 +38,8 @@ class Rung(ABC):
         """The cheapest that it has, None if it has nothing. Nothing is changed."""
 
     @abstractmethod
-    def give(self) -> int:
-        """Give what it offers; the bytes that really went."""
+    def give(self, n_bytes: int) -> int:
+        """Give so much, or the least that it can give at once; the bytes that really went."""
 
 
 class Ladder:
@@ -53,10 +53,15 @@ class Ladder:
         self._rungs = tuple(rungs)
         self.given_bytes = {rung.name: 0 for rung in rungs}
 
-    def give(self, n_bytes: int) -> int:
-        """Give at least so much, less if there is not so much; the bytes that really went."""
+    def give(self, n_bytes: int, *, sparing: Collection[str] = ()) -> int:
+        """Give at least so much, less if there is not so much; the bytes that really went.
+
+        Args:
+            n_bytes: how much.
+            sparing: names of rungs that are to be left alone.
+        """
         given = 0
-        useless: set[str] = set()
+        useless = set(sparing)
         while given < n_bytes:
             offers = [
                 (offer.cost_s_per_byte, n, rung)
@@ -66,7 +71,7 @@ class Ladder:
             if not offers:
                 break
             rung = min(offers, key=lambda each: each[:2])[2]
-            got = rung.give()
+            got = rung.give(n_bytes - given)
             if got <= 0:  # it offered what it does not have
                 useless.add(rung.name)
             given += got

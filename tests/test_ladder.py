@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpsi.governor.ladder import LOSSY, Ladder, Offer, Rung
+from kvpsi.ladder import LOSSY, Ladder, Offer, Rung
 
 
 class Stack(Rung):
@@ -19,7 +19,7 @@ class Stack(Rung):
     def offer(self) -> Offer | None:
         return self.offers[0] if self.offers else None
 
-    def give(self) -> int:
+    def give(self, n_bytes: int) -> int:  # noqa: ARG002 - one whole offer at once
         return 0 if self.lies else self.offers.pop(0).n_bytes
 
 
@@ -38,6 +38,12 @@ def test_what_is_lost_for_good_goes_last() -> None:
     ladder.give(1)
     assert ladder.given_bytes == {"forgotten": 0, "read anew": 1}
     assert ladder.give(1) == 1000
+
+
+def test_who_is_spared_gives_nothing() -> None:
+    cheap, dear = Stack("cheap", Offer(10, 0.1)), Stack("dear", Offer(10, 9.0))
+    assert Ladder([cheap, dear]).give(20, sparing=("cheap",)) == 10
+    assert cheap.offers and not dear.offers
 
 
 def test_one_that_gives_nothing_is_not_asked_for_ever() -> None:
