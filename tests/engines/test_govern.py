@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import itertools
 import re
 import threading
 import weakref
@@ -210,13 +211,74 @@ def test_what_a_limit_made_it_forget_is_recomputed_when_it_is_lifted(open_llama:
         kvpsi.set_cache_limit(0.2)
         assert cache.used_cells <= cache.floor_cells < full
         assert cache.resident_bytes() <= resident - 0.9 * (full - cache.used_cells - 4) * cache.bytes_per_cell
-        assert cache.first_gap(0) == 4 and governed.summary().trims >= 1
+        assert cache.first_gap(0) == cache.used_cells == llm.n_tokens and governed.summary().trims == 0
+        assert governed.summary().given_bytes["resting"] > 0
         answer(llm, prompt)  # works, with part of the text forgotten
-        assert cache.used_cells <= cache.allowed_cells
+        assert cache.used_cells <= cache.allowed_cells and governed.summary().trims >= 1
+        assert governed.summary().given_bytes["forgotten"] > 0
         kvpsi.set_cache_limit(1.0)
         assert answer(llm, prompt) == expected
         assert cache.first_gap(0) == cache.used_cells >= full - 1, "no gap is left"
         assert cache.trusted
+
+
+def rested(governed: kvpsi.GovernedLlama) -> int:
+    """Have a model that has answered give what it can; the tokens that it holds then."""
+    n_tokens = governed.llm.n_tokens
+    governed.set_cache_limit(0.2)
+    governed.set_cache_limit(1.0)
+    assert governed.llm.n_tokens == governed.cache.used_cells < n_tokens
+    assert governed.cache.forgotten_cells == 0
+    return int(governed.llm.n_tokens)
+
+
+@pytest.mark.parametrize("how", ["generate", "go on", "eval", "save_state", "heal"])
+def test_what_went_while_it_rested_is_there_again_before_anything_else(open_llama: Open, how: str) -> None:
+    prompt = STORY * 14 + "In the end he"
+    with open_llama() as stock, open_llama() as llm, govern(llm) as governed:
+        assert answer(llm, prompt) == answer(stock, prompt)
+        n_tokens = llm.n_tokens
+        left = rested(governed)
+        if how == "generate":
+            assert answer(llm, prompt + " went") == answer(stock, prompt + " went")
+        elif how == "go on":
+            more = llm.tokenize(b" went", add_bos=False)
+            found, expected = (list(itertools.islice(m.generate(more, temp=0.0, reset=False), 6)) for m in (llm, stock))
+            assert found == expected
+        elif how == "eval":
+            for each in (llm, stock):
+                each.eval(each.tokenize(b" went", add_bos=False))
+            assert llm.n_tokens == stock.n_tokens and llm.sample(temp=0.0) == stock.sample(temp=0.0)
+        elif how == "save_state":
+            assert llm.save_state().n_tokens == n_tokens
+        else:
+            assert governed.heal() == n_tokens - left and governed.heal() == 0
+        assert governed.cache.first_gap(0) == governed.cache.used_cells >= n_tokens
+        assert governed.cache.trusted
+
+
+def test_what_went_while_it_rested_is_not_wanted_after_a_reset(open_llama: Open) -> None:
+    with open_llama() as stock, open_llama() as llm, govern(llm) as governed:
+        answer(llm, STORY * 14)
+        rested(governed)
+        for each in (llm, stock):
+            each.reset()
+            each.eval(each.tokenize(b"Another story begins"))
+        assert llm.n_tokens == stock.n_tokens and llm.sample(temp=0.0) == stock.sample(temp=0.0)
+        assert governed.cache.used_cells == llm.n_tokens and governed.cache.trusted
+
+
+def test_what_was_forgotten_is_healed(open_llama: Open) -> None:
+    with open_llama() as stock, open_llama() as llm, govern(llm) as governed:
+        for each in (llm, stock):
+            each.eval(each.tokenize((STORY * 14).encode()))
+        governed.set_cache_limit(0.2)
+        assert governed.heal() == 0, "there is no room"
+        governed.set_cache_limit(1.0)
+        gap = governed.cache.first_gap(0)
+        assert governed.heal() == llm.n_tokens - gap and governed.cache.first_gap(0) == llm.n_tokens
+        assert llm.sample(temp=0.0) == stock.sample(temp=0.0)
+        assert governed.cache.trusted
 
 
 def test_going_on_without_a_reset_keeps_what_is_left(open_llama: Open) -> None:

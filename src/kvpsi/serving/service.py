@@ -20,6 +20,7 @@ from kvpsi.serving.engine import Engine, EngineSettings
 from kvpsi.serving.history import Events, History
 from kvpsi.serving.metrics import Latencies
 from kvpsi.serving.request import Event, Failed, Finished, Request
+from kvpsi.serving.room import Room
 from kvpsi.serving.status import Status
 from kvpsi.serving.thread import ComputingThread
 
@@ -70,19 +71,19 @@ class Service:
         self.started_s = time.time()
         self._queue_timeout_s = queue_timeout_s
         self._loop = asyncio.get_running_loop()
-        self.governor: Governor | None = None
+        self.room = Room()
         self.latencies: Latencies | None = None
         self.events = events or Events()
         self.engine = Engine(
             context,
             settings,
             self._deliver,
-            self._spare_bytes,
-            self._free_bytes,
+            self.room.spare_bytes,
+            self.room.free_bytes,
             on_death=on_death,
             thread=thread,
             spill=spill,
-            is_tight=self._is_tight,
+            is_tight=self.room.is_tight,
         )
         try:
             self.history = History(self.status)
@@ -100,8 +101,13 @@ class Service:
 
     def govern(self, source: PressureSource, **options: Any) -> None:
         """Keep the memory within what the machine can spare; options as for `kvpsi.governor.Governor`."""
-        self.governor = Governor(self.engine.memory, source, **options)
-        self.governor.start()
+        self.room.governor = Governor(self.engine.memory, source, **options)
+        self.room.governor.start()
+
+    @property
+    def governor(self) -> Governor | None:
+        """What keeps the memory within what the machine can spare, if anything does."""
+        return self.room.governor
 
     def status(self) -> Status:
         """What the server is doing."""
@@ -159,27 +165,6 @@ class Service:
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
             uptime_s=time.time() - self.started_s,
         )
-
-    def _spare_bytes(self) -> int:
-        """Headroom beyond the reserve; nothing is known of it where nothing is governed."""
-        reading = self.governor.reading if self.governor else None
-        if self.governor is None or reading is None:
-            return 0
-        return reading.headroom.available_bytes - self.governor.settings.low_for(reading.headroom.limit_bytes)
-
-    def _free_bytes(self) -> int:
-        """Headroom; nothing is known of it where nothing is governed."""
-        reading = self.governor.reading if self.governor else None
-        return reading.headroom.available_bytes if reading else 0
-
-    def _is_tight(self) -> bool:
-        """Whether headroom is below twice that at which the cache stops to grow."""
-        governor = self.governor
-        reading = governor.reading if governor else None
-        if governor is None or reading is None:
-            return False
-        room = reading.headroom
-        return room.available_bytes < 2 * governor.settings.high_for(room.limit_bytes)
 
     def _deliver(self, events: list[tuple[Request, Event]]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more

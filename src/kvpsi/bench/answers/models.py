@@ -25,6 +25,7 @@ from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import Engine, EngineSettings
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Event, Failed, Finished, Request, Text
+from kvpsi.serving.room import Room
 from kvpsi.serving.sampling import SamplingSettings, logits_of
 
 _THRESHOLD = 0.10
@@ -164,24 +165,24 @@ def open_model(
     """
     plan = ContextPlan(
         LoadSettings(n_ctx, n_threads=1),
-        n_seq=n_conversations,
+        n_seq=EngineSettings().parallel + 1 if variant == "ladder" else n_conversations,
         policy=Auto() if variant == "ladder" else Streaming(),
         elastic=variant != "prune",
     )
     with open_context(model, plan, n_ctx) as context:
         source, trigger = best_sensing(int(llama_cpp.llama_model_size(context.model.model)))
         if variant == "ladder":
-            governor: list[Governor] = []
-
-            def free_bytes() -> int:
-                reading = governor[0].reading if governor else None
-                return reading.headroom.available_bytes if reading else 0
-
+            room = Room()
             spill = SpillFolder(spill_dir, most_bytes=4 << 30, fingerprint=b"bench")
-            settings = EngineSettings(parallel=1, least_idle_s=0.0)
-            engine = Engine(context, settings, free_bytes=free_bytes, spill=spill)
-            with contextlib.closing(engine), Governor(engine.memory, source, trigger=trigger) as one:
-                governor.append(one)
+            engine = Engine(
+                context,
+                EngineSettings(),
+                spare_bytes=room.spare_bytes,
+                free_bytes=room.free_bytes,
+                spill=spill,
+                is_tight=room.is_tight,
+            )
+            with contextlib.closing(engine), Governor(engine.memory, source, trigger=trigger) as room.governor:
                 yield Ladder(engine)
         elif variant == "streaming":
             with Governor(context.cache, source, trigger=trigger):

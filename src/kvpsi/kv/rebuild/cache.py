@@ -65,6 +65,11 @@ class RebuiltCache(ResizedCache):
             forgotten_bytes=self.forgotten_cells * per_cell,
         )
 
+    @property
+    def given_bytes(self) -> dict[str, int]:
+        """All that went back, by resizing."""
+        return {"resized": self.returned_bytes}
+
     def give_now(self) -> int | None:
         """Shrink to the limit between two requests; the bytes given, None while somebody may read the logits."""
         if not self._busy.acquire(blocking=False):
