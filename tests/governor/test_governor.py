@@ -224,7 +224,7 @@ def test_json_lines_are_one_valid_object_each() -> None:
     out = io.StringIO()
     lines = JsonLines(out, every_reading=1)
     lines.event("reading", available(54))
-    lines.event("decision", Decision(5, 3, True, True, 'two\nlines "quoted" é'))
+    lines.event("decision", Decision(5, 3, True, True, False, 'two\nlines "quoted" é'))
     lines.event("release", Release(8, 4, 0.25))
     lines.event("trim", Trim(10, 7, Release(8, 4, 0.25)))
     lines.event("distrust", "a reason")

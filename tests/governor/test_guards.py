@@ -104,13 +104,21 @@ def test_what_can_be_had_again_is_not_counted() -> None:
 
 
 def test_new_tokens_in_place_of_old_ones_are_not_counted() -> None:
-    machine = Machine()
-    machine.tick(60)
-    left = machine.state.allowance.n_bytes
-    for _ in range(100):
-        machine.forgotten += 10 * MIB  # as many as came
-        machine.tick(100)
-    assert machine.state.allowance.n_bytes >= left
+    """Neither by themselves, nor if an eviction takes more at once than is needed, which then fills up again."""
+    machine = Machine(replace(LAW, guards=GuardSettings(forget_bytes_per_min=0, forget_burst_bytes=50 * MIB)))
+    for _ in range(20):
+        machine.tick(0)
+    used, left = machine.used, machine.state.allowance.left_bytes
+    assert used == 250 * MIB and left == 0
+    for _ in range(300):
+        machine.forgotten += 3 * MIB
+        machine.used -= 3 * MIB
+        machine.tick(0)
+        machine.used += 2 * MIB
+        machine.tick(0)
+        machine.used += 1 * MIB
+        assert machine.tick(0).limit_bytes == used
+    assert machine.used == used and machine.state.allowance.left_bytes == left
 
 
 def test_giving_that_does_not_help_stops_and_says_so() -> None:

@@ -129,4 +129,4 @@ class Governor:
 
 def _differs(new: Decision, old: Decision) -> bool:
     """Whether a decision is worth telling: something is given, or its kind changed."""
-    return new.give_bytes > 0 or (new.pressed, new.urgent) != (old.pressed, old.urgent)
+    return new.give_bytes > 0 or (new.pressed, new.urgent, new.withheld) != (old.pressed, old.urgent, old.withheld)

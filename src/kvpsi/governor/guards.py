@@ -27,7 +27,7 @@ class GuardSettings:
 
     forget_bytes_per_min: int | None = None
     forget_burst_bytes: int | None = None
-    futile_after_s: float = 0.7
+    futile_after_s: float = 0.5
     futile_share: float = 0.5
     futile_hold_s: float = 30.0
 
@@ -55,30 +55,41 @@ class GuardSettings:
 class Allowance:
     """A token bucket of bytes that a shrinking cache may still forget.
 
-    What goes so that a new token can take its place is not counted: the cache is no smaller after that, and of a text
-    that is longer than the cache so much goes in any case.
+    What goes so that a new token can take its place is not counted: of a text that is longer than the cache so much
+    goes in any case. So it is the size that is paid for, not what is forgotten.
+
+    Attributes:
+        left_bytes: what may still be forgotten; None before the first tick.
+        level_bytes: below this the cache does not get without paying.
+        at_s: the last tick.
+        held_bytes, forgotten_bytes: what could only be given by forgetting, and what had been forgotten, at that tick.
     """
 
     left_bytes: float | None = None
+    level_bytes: int = 0
     at_s: float = 0.0
-    used_bytes: int = 0
+    held_bytes: int = 0
     forgotten_bytes: int = 0
 
-    def after(self, now_s: float, cache: CacheStatus, settings: GuardSettings) -> Allowance:
-        """What is left at the next tick."""
+    def after(self, now_s: float, cache: CacheStatus, limit_bytes: int, settings: GuardSettings) -> Allowance:
+        """What is left at the next tick; ``limit_bytes`` is the limit at the first one."""
+        held = max(0, cache.used_bytes - cache.lossless_bytes)
         burst = settings.burst_bytes(cache.capacity_bytes)
         if self.left_bytes is None:
-            left = burst
-        else:
-            shrunk = min(cache.forgotten_bytes - self.forgotten_bytes, self.used_bytes - cache.used_bytes)
-            refilled = self.left_bytes + settings.rate_bytes_s(cache.capacity_bytes) * (now_s - self.at_s)
-            left = min(burst, refilled) - max(0, shrunk)
-        return Allowance(max(0.0, left), now_s, cache.used_bytes, cache.forgotten_bytes)
+            return Allowance(burst, min(held, limit_bytes), now_s, held, cache.forgotten_bytes)
+        refilled = self.left_bytes + settings.rate_bytes_s(cache.capacity_bytes) * max(0.0, now_s - self.at_s)
+        grown = held - self.held_bytes
+        # what went without having been forgotten, such as a conversation that has ended, is no longer held at all
+        level = self.level_bytes - max(0, -grown - (cache.forgotten_bytes - self.forgotten_bytes))
+        # what was paid for may still be held for a moment, and what grows back below the level does not raise it
+        level = max(0, level, min(held, level + grown))
+        return Allowance(min(burst, refilled), level, now_s, held, cache.forgotten_bytes)
 
-    @property
-    def n_bytes(self) -> int:
-        """What may be forgotten now."""
-        return int(self.left_bytes or 0.0)
+    def paying_for(self, size_bytes: int) -> Allowance:
+        """What is left when the cache shrinks to a size, as far as that can be paid; its ``level_bytes`` is how far."""
+        left = self.left_bytes or 0.0
+        paid = max(0, min(self.level_bytes - size_bytes, int(left)))
+        return replace(self, left_bytes=left - paid, level_bytes=self.level_bytes - paid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,7 @@ class Decision:
         give_bytes: how much of what is in use that is.
         urgent: a running prefill is to be interrupted for it.
         pressed: prefill goes in small pieces for the time being.
+        withheld: more would be given if that did not mean to forget more than the guards allow.
         reason: one short sentence for people.
     """
 
@@ -140,6 +141,7 @@ class Decision:
     give_bytes: int = 0
     urgent: bool = False
     pressed: bool = False
+    withheld: bool = False
     reason: str = "calm"
 
 
@@ -184,19 +186,19 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     limit = state.limit_bytes
     if limit is None or limit == state.capacity_bytes:
         limit = cache.capacity_bytes
-    give, reason = 0, "calm"
+    give, withheld, reason = 0, False, "calm"
     if predicted < low:
         give = min(low - predicted, int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes))
         reason = f"headroom will be {predicted // MIB} MiB, {low // MIB} MiB are to stay free"
     guards = settings.guards
-    state = replace(state, allowance=state.allowance.after(now, cache, guards))
+    state = replace(state, allowance=state.allowance.after(now, cache, limit, guards))
     if stalled:
         futility = state.futility.after(now, stall, reading.memory.some.total_us, cache, guards)
         state = replace(state, futility=futility)
         by_stall = int(_step_share(stall, settings) * cache.used_bytes)
         futile = now < futility.until_s and by_stall > cache.lossless_bytes
         if futile:
-            by_stall = cache.lossless_bytes
+            by_stall, withheld = cache.lossless_bytes, True
         if by_stall > give or (futile and not give):
             give = by_stall
             reason = f"memory stalls {stall:.0%} of the time with {available // MIB} MiB of headroom"
@@ -206,10 +208,11 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
                 f"{math.ceil(futility.until_s - now)} s"
             )
     give = max(0, min(give, cache.used_bytes - cache.floor_bytes))
-    without_loss = cache.lossless_bytes + state.allowance.n_bytes
-    if give > without_loss:
-        give = without_loss
+    allowance = state.allowance.paying_for(max(cache.floor_bytes, cache.used_bytes - give))
+    if give > cache.used_bytes - allowance.level_bytes:
+        give, withheld = max(0, cache.used_bytes - allowance.level_bytes), True
         reason += f"; no more than {60 * guards.rate_bytes_s(cache.capacity_bytes) / MIB:.0f} MiB a minute is forgotten"
+    state = replace(state, allowance=allowance)
 
     pressed = predicted < low or stalled
     if pressed:
@@ -225,11 +228,11 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
         reason = "holding"
     state = replace(state, limit_bytes=limit, capacity_bytes=cache.capacity_bytes)
 
-    # whatever was decided before, never grow into the reserve, and never forget more than is allowed
+    # whatever was decided before, never grow into the reserve, and never shrink by more than is allowed
     gate = min(limit, cache.used_bytes + max(0, predicted - low) - give)
-    gate = max(cache.floor_bytes, gate, cache.used_bytes - without_loss)
+    gate = max(cache.floor_bytes, gate, min(allowance.level_bytes, cache.capacity_bytes))
     urgent = give > 0 and (stalled or predicted < low // 2)
-    return Decision(gate, give, urgent, pressed or predicted < high, reason), state
+    return Decision(gate, give, urgent, pressed or predicted < high, withheld, reason), state
 
 
 def _grow(
