@@ -59,9 +59,7 @@ class Plan:
     n_predict: int = 24
     n_ctx: int = 16384
     board: BoardSettings = field(default_factory=lambda: BoardSettings(600 << 20, swap="zram"))
-    hog: HogSettings = field(
-        default_factory=lambda: HogSettings(300 << 20, 2 << 20, 0.5, 100 << 20, shape="pulse", period_s=20.0)
-    )
+    hog: HogSettings = field(default_factory=lambda: HogSettings(300 << 20, 2 << 20, 0.5, 100 << 20))
     rounds: int = 1
     seed: int = 1
 

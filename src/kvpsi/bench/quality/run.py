@@ -50,7 +50,7 @@ class Plan:
     policies: tuple[str, ...] = tuple(POLICIES)
     kept: tuple[float, ...] = (0.75, 0.5, 0.25, 0.125)
     n_tokens: int = 4096
-    n_documents: int = 8
+    n_documents: int = 24
     n_following: int = 256
     n_haystacks: int = 3
     n_facts: int = 16

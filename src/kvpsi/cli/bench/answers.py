@@ -45,7 +45,7 @@ def answers(
         n_predict=n_predict,
         n_ctx=ctx,
         board=BoardSettings(memory_bytes, swap="zram"),
-        hog=HogSettings(pressure_mib << 20, 2 << 20, 0.5, 100 << 20, shape="pulse", period_s=20.0),
+        hog=HogSettings(pressure_mib << 20, 2 << 20, 0.5, 100 << 20),
         rounds=rounds,
         seed=seed,
     )

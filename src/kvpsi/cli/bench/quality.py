@@ -22,7 +22,7 @@ def quality(
     policies: Annotated[str, typer.Option("--policies", help="Whom to compare; default: all.")] = "",
     kept: Annotated[str, typer.Option("--kept", help="Shares of the tokens that stay.")] = "75%,50%,25%,12.5%",
     tokens: Annotated[int, typer.Option("--tokens", help="Of each document.")] = 4096,
-    documents: Annotated[int, typer.Option("--documents", help="For the perplexity of what follows.")] = 8,
+    documents: Annotated[int, typer.Option("--documents", help="For the perplexity of what follows.")] = 24,
     haystacks: Annotated[int, typer.Option("--haystacks", help="Documents with facts in them.")] = 3,
     facts: Annotated[int, typer.Option("--facts", help="In each of these.")] = 16,
     keep: Annotated[int, typer.Option("--keep", help="First tokens that are never forgotten.")] = 16,

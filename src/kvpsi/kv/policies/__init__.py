@@ -6,7 +6,6 @@ from kvpsi.errors import UsageError
 from kvpsi.kv.policies.attention import Attention
 from kvpsi.kv.policies.auto import Auto
 from kvpsi.kv.policies.base import CellView, EvictionPolicy
-from kvpsi.kv.policies.fading import Fading
 from kvpsi.kv.policies.keydiff import KeyDiff
 from kvpsi.kv.policies.lru import LeastRecentlyUsed
 from kvpsi.kv.policies.random import Random
@@ -17,7 +16,6 @@ POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {
     "streaming": Streaming,
     "lru": LeastRecentlyUsed,
     "attention": Attention,
-    "fading": Fading,
     "keydiff": KeyDiff,
     "random": Random,
 }
@@ -41,7 +39,6 @@ __all__ = [
     "Auto",
     "CellView",
     "EvictionPolicy",
-    "Fading",
     "KeyDiff",
     "LeastRecentlyUsed",
     "Random",
