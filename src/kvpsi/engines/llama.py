@@ -93,7 +93,9 @@ class GovernedLlama:
         llm = self.llm
         with self.cache.exclusively():
             evaluate = type(llm).eval
-            n_tokens = self._resting.restore(lambda tokens: evaluate(llm, tokens)) if self._resting else 0
+            n_tokens, resting = 0, self._resting
+            if resting is not None and self.cache.used_cells + resting.dropped_tokens <= self.cache.allowed_cells:
+                n_tokens = resting.restore(lambda tokens: evaluate(llm, tokens))
             gap, end = self.cache.first_gap(ONLY_SEQUENCE), llm.n_tokens
             if gap >= end or end > self.cache.allowed_cells:
                 return n_tokens

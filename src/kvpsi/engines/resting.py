@@ -50,18 +50,30 @@ class Resting(Rung):
 
     def restore(self, evaluate: Callable[[list[int]], Any]) -> int:
         """Have evaluated what was dropped, unless the model was reset meanwhile; how many tokens."""
-        dropped, self._dropped = self._dropped, None
-        llm = self._llm()
+        dropped, llm = self._dropped, self._llm()
+        self._dropped = None
         if dropped is None or llm is None or llm.n_tokens != dropped.start:
             return 0
-        evaluate(llm.input_ids[dropped.start : dropped.stop].tolist())
+        rested, self._rests = self._rests, False  # or what is evaluated might be dropped again meanwhile
+        try:
+            evaluate(llm.input_ids[dropped.start : dropped.stop].tolist())
+        except BaseException:
+            self._dropped = range(llm.n_tokens, dropped.stop)
+            raise
+        finally:
+            self._rests = rested
         return len(dropped)
+
+    @property
+    def dropped_tokens(self) -> int:
+        """How many would have to be evaluated again."""
+        return len(self._dropped or ())
 
     def use(self, evaluate: Callable[[list[int]], Any]) -> None:
         """Somebody evaluates tokens himself: what was dropped must be there, and nothing rests any more."""
         if not self._n_requests:
-            self.restore(evaluate)
             self._rests = False
+            self.restore(evaluate)
 
     # -- what the ladder asks ------------------------------------------------------------------------------------
 

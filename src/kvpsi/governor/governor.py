@@ -77,7 +77,7 @@ class Governor:
         if self.reading is not None and status.returned_bytes > self._returned_bytes:
             # whoever gave it, the engine or this thread: the law must not take it for something else
             self.state = record_given(self.state, self.reading, status.returned_bytes - self._returned_bytes)
-        self._returned_bytes = status.returned_bytes
+        self._returned_bytes = max(self._returned_bytes, status.returned_bytes)  # a cache that is made anew counts anew
         decision, self.state = decide(reading, status, self.state, self.settings)
         changed = self.decision is None or _differs(decision, self.decision)
         self.decision, self.reading = decision, reading

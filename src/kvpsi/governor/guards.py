@@ -1,6 +1,6 @@
 """Guards against being talked into forgetting: whoever makes memory pressure on purpose gets little of it. Pure, too.
 
-Both look at what really happened since the last tick, and neither counts what can be had again (`CacheStatus`).
+Both look at what really happened since the last tick, and neither keeps back what can be had again (`CacheStatus`).
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ class Allowance:
 
     Attributes:
         left_bytes: what may still be forgotten; None before the first tick.
+        burst_bytes: the most that this may be; where a larger cache makes it larger, so much more may be forgotten.
         level_bytes: below this the cache does not get without paying.
         at_s: the last tick.
         held_bytes, forgotten_bytes: what could only be given by forgetting, and what had been forgotten, at that tick.
     """
 
     left_bytes: float | None = None
+    burst_bytes: float = 0.0
     level_bytes: int = 0
     at_s: float = 0.0
     held_bytes: int = 0
@@ -76,14 +78,18 @@ class Allowance:
         held = max(0, cache.used_bytes - cache.lossless_bytes)
         burst = settings.burst_bytes(cache.capacity_bytes)
         if self.left_bytes is None:
-            return Allowance(burst, min(held, limit_bytes), now_s, held, cache.forgotten_bytes)
-        refilled = self.left_bytes + settings.rate_bytes_s(cache.capacity_bytes) * max(0.0, now_s - self.at_s)
+            return Allowance(burst, burst, min(held, limit_bytes), now_s, held, cache.forgotten_bytes)
+        refilled = (
+            self.left_bytes
+            + max(0.0, burst - self.burst_bytes)
+            + settings.rate_bytes_s(cache.capacity_bytes) * max(0.0, now_s - self.at_s)
+        )
         grown = held - self.held_bytes
         # what went without having been forgotten, such as a conversation that has ended, is no longer held at all
-        level = self.level_bytes - max(0, -grown - (cache.forgotten_bytes - self.forgotten_bytes))
+        level = self.level_bytes - max(0, -grown - max(0, cache.forgotten_bytes - self.forgotten_bytes))
         # what was paid for may still be held for a moment, and what grows back below the level does not raise it
         level = max(0, level, min(held, level + grown))
-        return Allowance(min(burst, refilled), level, now_s, held, cache.forgotten_bytes)
+        return Allowance(min(burst, refilled), burst, level, now_s, held, cache.forgotten_bytes)
 
     def paying_for(self, size_bytes: int) -> Allowance:
         """What is left when the cache shrinks to a size, as far as that can be paid; its ``level_bytes`` is how far."""

@@ -96,6 +96,7 @@ class ElasticCache(GatedCache):
         self._in_turns = np.zeros(self._n_seq, dtype=np.int64)  # of these, in turns that must stay
         self._protected = self._protected_of(self._held)
         self._loading_cells = 0
+        self._before_eviction: tuple[int, int] | None = None
         self._rewritten = False  # a key shift or stream copy waits for the next decode, which writes everywhere
         self._copying = False
         self._closed = False
@@ -160,6 +161,10 @@ class ElasticCache(GatedCache):
         self._count_turns(np.arange(self._n_seq))
         self._protected = self._protected_of(self._held)
 
+    def held_cells(self, seq_id: int) -> int:
+        """Cells that a sequence sees; callable from any thread."""
+        return int(self._held[seq_id])
+
     def _count_turns(self, sequences: npt.NDArray[np.intp]) -> None:
         """Count anew what these sequences hold of turns that must stay."""
         for seq_id in sequences.tolist():
@@ -201,14 +206,26 @@ class ElasticCache(GatedCache):
     def status(self) -> CacheStatus:
         """Capacity, bytes in use and floor, for the control law."""
         per_cell = self.bytes_per_cell  # without sliding windows: what they hold cannot be given
+        used_cells, forgotten_cells = self._used_and_forgotten()
         return CacheStatus(
             self.n_cells * per_cell,
-            self.used_cells * per_cell,
+            used_cells * per_cell,
             self.floor_cells * per_cell,
             self.returned_bytes,
             self._loading_cells * per_cell,
-            forgotten_bytes=self.forgotten_cells * per_cell,
+            forgotten_bytes=forgotten_cells * per_cell,
         )
+
+    def _used_and_forgotten(self) -> tuple[int, int]:
+        """Both of the same moment: what they were before an eviction as long as it lasts."""
+        while True:
+            shown = self._before_eviction
+            if shown is not None:
+                return shown
+            forgotten = self.forgotten_cells
+            used = self.used_cells
+            if self._before_eviction is None and self.forgotten_cells == forgotten:
+                return used, forgotten
 
     def give_now(self) -> int | None:
         """Shrink to the limit if the engine is idle; the bytes given, None if it is busy."""
@@ -651,6 +668,13 @@ class ElasticCache(GatedCache):
         """Let the policy choose at least ``n_cells`` cells (in whole blocks or sentences; fewer if not so many may go),
         forget them and give their pages back. The streams of which most may go give first, down to what the others
         have."""
+        self._before_eviction = self.used_cells, self.forgotten_cells
+        try:
+            return self._evict(n_cells)
+        finally:
+            self._before_eviction = None
+
+    def _evict(self, n_cells: int) -> Trim:
         freed = 0
         streams = self.trackers[0].mirror.streams
         may_go = self._may_go(streams) if len(streams) > 1 else [n_cells]

@@ -205,8 +205,13 @@ class Conversations:
         n_tokens = len(held.tokens)
         n_bytes = n_tokens * self._context.cache.bytes_per_cell
         is_worth_it = self._parking.may_write and self._parking.is_worth_it(n_bytes, self.recompute_s(n_tokens))
-        session = self._copy_of(held) if is_worth_it else None
-        self.release(held.seq_id)
+        loading_bytes = self._sessions.loading_bytes
+        self._sessions.loading_bytes += n_bytes  # so that a governor does not take it for a neighbour
+        try:
+            session = self._copy_of(held) if is_worth_it else None
+        finally:
+            self._sessions.loading_bytes = loading_bytes
+            self.release(held.seq_id)
         if session is None:
             return False
         self._sessions.add(session)

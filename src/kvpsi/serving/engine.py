@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before Python 3.11
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from kvpsi.errors import (
     PromptTooLongError,
     UsageError,
 )
+from kvpsi.kv import ElasticCache
 from kvpsi.kv.forgetting import Forgetting
 from kvpsi.kv.gated import DECODE_ABORTED, DECODE_NO_ROOM, DECODE_OK, Forgotten
 from kvpsi.kv.spill import SpillFolder
@@ -424,11 +426,14 @@ class Engine:
         if target <= max(now, held) or self._spare_bytes() < needed_bytes:
             return False
         log.info("The context grows from %d to %d tokens.", now, target)
+        questions = [(a.seq_id, context.question_of(a.seq_id)) for a in self.running]
         lost = context.grow(target)
         for answer in [a for a in self.running if a.seq_id in lost]:
             answer.n_done = 0
         for answer in self.running:
             context.cache.note_tokens(answer.seq_id, answer.tokens[: answer.n_done])
+        for seq_id, question in questions:
+            context.resume_question(seq_id, question)
         self.conversations.note_lost(lost)
         return context.cache.n_cells > now
 
@@ -458,11 +463,14 @@ class Engine:
     def _end(self, answer: Answer) -> None:
         """Take an answer out; what its sequence holds is kept for whoever asks on."""
         self.running.remove(answer)
+        self._refused_since = None
         answer.sampler.close()
         held = self._held_by(answer)
-        if answer.forgotten_tokens:
+        n_lost = answer.n_done - len(held.tokens)
+        if n_lost and self.context.n_swa:  # it cannot be cut: the window before the gap is gone
+            held.tokens.clear()
+        elif n_lost:
             # what is read again is read in even pieces, as it would be by a server that never forgot it
-            n_lost = answer.n_done - len(held.tokens)
             del held.tokens[max(0, len(held.tokens) - max(0, EVEN_PIECE_TOKENS - n_lost)) :]
             held.lost = answer.tokens[len(held.tokens) : answer.n_done]
             self.context.cache.seq_rm(answer.seq_id, len(held.tokens), -1)
@@ -534,7 +542,7 @@ class Engine:
                 continue
             missing = self.memory.make_room(n_tokens)
             if missing and len(self.running) == n_running > 1:
-                self._pause(self.running[-1])
+                self._pause_last()
             if len(self.running) == n_running:
                 return parts
 
@@ -542,14 +550,10 @@ class Engine:
         """Give up what a running answer holds, and the bytes; it goes on later where it was, from a file or after
         reading it again."""
         cache = self.context.cache
-        before = cache.used_cells
-        self.running.remove(answer)
+        before, held = cache.used_cells, self._held_by(answer)
+        is_whole, n_bytes = len(held.tokens) == answer.n_done, len(held.tokens) * cache.bytes_per_cell
         answer.question = self.context.question_of(answer.seq_id)
-        held = self._held_by(answer)
-        if not answer.forgotten_tokens and len(held.tokens) * cache.bytes_per_cell < self._free_bytes():
-            self.conversations.set_aside(held)
-        else:
-            self.conversations.release(answer.seq_id)
+        self.running.remove(answer)
         answer.n_done = 0
         answer.pauses += 1
         self.counters.pauses += 1
@@ -557,7 +561,16 @@ class Engine:
         answer.request.deadline_s = math.inf  # it was begun in time
         with self._lock:
             self.waiting.put_back(answer.request)
+        if is_whole and 2 * n_bytes < self._free_bytes():
+            self.conversations.set_aside(held)
+        else:
+            self.conversations.release(held.seq_id)
         return (before - cache.used_cells) * cache.bytes_per_cell
+
+    def _pause_last(self) -> None:
+        """Pause the answer that began last, and count what it gave."""
+        ladder = self.memory.ladder
+        ladder.give(1, sparing=ladder.given_bytes.keys() - {PausedAnswer.name})
 
     def _fill(self, parts: Sequence[Part[Answer]]) -> list[tuple[Answer, int]]:
         self._batch.clear()
@@ -589,7 +602,7 @@ class Engine:
         now = time.monotonic()
         self._refused_since = self._refused_since or now
         if len(self.running) > 1:
-            self._pause(self.running[-1])
+            self._pause_last()
         elif now - self._refused_since > _REFUSED_FOR_S and self.running:
             self._refused_since = None
             answer = self.running[0]
@@ -604,7 +617,7 @@ class Engine:
         if self._grow(self.context.cache.n_cells + 1):
             return
         if len(self.running) > 1:
-            self._pause(self.running[-1])
+            self._pause_last()
             return
         answer = self.running[0]
         if answer.writing:
@@ -656,13 +669,21 @@ class Engine:
         began = time.monotonic()
         self._batch.clear()
         self._batch.add(held.seq_id, len(held.tokens), piece, output=False)
-        code = self._decode()
+        try:
+            code = cache.decode(self._batch.native, return_when_stopped=True)
+        except CacheRefusedError:
+            code = DECODE_ABORTED
+        except BaseException:
+            held.lost.clear()
+            raise
         if code == DECODE_OK:
             held.tokens += piece
             del held.lost[: len(piece)]
             self.counters.healed_tokens += len(piece)
             self.counters.healing_s += time.monotonic() - began
-        elif code != DECODE_ABORTED:  # there is no room after all
+        elif code == DECODE_ABORTED:
+            self.memory.make_room(0)
+        else:  # there is no room after all
             held.lost.clear()
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -685,8 +706,13 @@ class Engine:
         return self.context.cache.bytes_per_cell
 
     def _lossless_cells(self) -> int:
-        """Cells of what rests, and of all answers but the first; any thread may ask."""
-        return self.conversations.resting_tokens + sum(answer.n_done for answer in self.running[1:])
+        """Cells of what rests, or of all answers but the first; any thread may ask."""
+        cache, first = self.context.cache, tuple(self.running[:1])
+        if not isinstance(cache, ElasticCache):
+            return 0
+        if not first:
+            return self.conversations.resting_tokens
+        return max(0, cache.used_cells - cache.held_cells(first[0].seq_id))
 
     def _is_kept(self, session: Session) -> bool:
         return session is self._keeping
@@ -717,7 +743,7 @@ class Engine:
             return None
         try:
             return self.ask(self._shrink).result(timeout=1.0)
-        except (TimeoutError, KvpsiError):
+        except (TimeoutError, FutureTimeoutError, KvpsiError):
             return None
 
     def _shrink(self) -> int:

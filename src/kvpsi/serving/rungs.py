@@ -126,8 +126,11 @@ class PausedAnswer(Rung):
         return Offer(max(1, n_tokens) * self._bytes_per_cell(), cost_s)
 
     def give(self, n_bytes: int) -> int:  # noqa: ARG002 - a whole answer at once
-        """Pause it."""
-        return self._pause(self._running[-1])
+        """Pause it, and the one before it where that one held nothing for itself."""
+        given = 0
+        while not given and len(self._running) > 1:
+            given = self._pause(self._running[-1])
+        return given
 
 
 LIVE: frozenset[str] = frozenset({RestingConversation.name, PausedAnswer.name, Forgetting.name})

@@ -17,10 +17,10 @@ from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.headroom import SensedHeadroom
 from kvpsi.serving.history import Events, History
 from kvpsi.serving.metrics import Latencies
 from kvpsi.serving.request import Event, Failed, Finished, Request
-from kvpsi.serving.room import Room
 from kvpsi.serving.status import Status
 from kvpsi.serving.thread import ComputingThread
 
@@ -71,7 +71,7 @@ class Service:
         self.started_s = time.time()
         self._queue_timeout_s = queue_timeout_s
         self._loop = asyncio.get_running_loop()
-        self.room = Room()
+        self.room = SensedHeadroom()
         self.latencies: Latencies | None = None
         self.events = events or Events()
         self.engine = Engine(

@@ -23,9 +23,9 @@ from kvpsi.pressure.psi import parse_pressure
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
 from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.headroom import SensedHeadroom
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Event, Failed, Finished, Request, Text
-from kvpsi.serving.room import Room
 from kvpsi.serving.sampling import SamplingSettings, logits_of
 
 _THRESHOLD = 0.10
@@ -172,7 +172,7 @@ def open_model(
     with open_context(model, plan, n_ctx) as context:
         source, trigger = best_sensing(int(llama_cpp.llama_model_size(context.model.model)))
         if variant == "ladder":
-            room = Room()
+            room = SensedHeadroom()
             spill = SpillFolder(spill_dir, most_bytes=4 << 30, fingerprint=b"bench")
             engine = Engine(
                 context,

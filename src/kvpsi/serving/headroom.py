@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpsi.governor import Governor
 
 
-class Room:
+class SensedHeadroom:
     """Nothing is known where nothing is governed.
 
     Attributes:
