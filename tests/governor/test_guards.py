@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from kvpsi.errors import UsageError
-from kvpsi.governor.guards import GuardSettings
+from kvpsi.governor.guards import Allowance, GuardSettings
 from kvpsi.governor.law import MIB, Decision, LawSettings, State, decide, record_given
 from kvpsi.pressure import Reading
 from kvpsi.pressure.fake import make_reading
@@ -169,3 +169,21 @@ def test_giving_that_helps_goes_on() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         GuardSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_cache_that_grows_may_forget_as_much_more() -> None:
+    small, large = CacheStatus(100 * MIB, 50 * MIB, 0), CacheStatus(400 * MIB, 50 * MIB, 0)
+    guards = GuardSettings(forget_bytes_per_min=0)
+    first = Allowance().after(0.0, small, 100 * MIB, guards)
+    assert first.left_bytes == 100 * MIB
+    assert first.after(0.1, large, 100 * MIB, guards).left_bytes == 400 * MIB
+    spent = replace(first, left_bytes=0.0).after(0.1, large, 100 * MIB, guards)
+    assert spent.left_bytes == 300 * MIB and spent.after(0.2, small, 100 * MIB, guards).left_bytes == 100 * MIB
+
+
+def test_what_ends_is_not_paid_for_and_may_not_be_taken_for_forgotten() -> None:
+    guards = GuardSettings(forget_bytes_per_min=0, forget_burst_bytes=0)
+    before = Allowance().after(0.0, CacheStatus(CAPACITY, 300 * MIB, 0), CAPACITY, guards)
+    ended = before.after(0.1, CacheStatus(CAPACITY, 100 * MIB, 0), CAPACITY, guards)
+    forgot = before.after(0.1, CacheStatus(CAPACITY, 100 * MIB, 0, forgotten_bytes=200 * MIB), CAPACITY, guards)
+    assert (ended.level_bytes, forgot.level_bytes) == (100 * MIB, 300 * MIB)

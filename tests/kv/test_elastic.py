@@ -599,6 +599,23 @@ def test_a_limit_below_need_evicts_but_never_what_is_protected(model: llama_cpp.
         assert cache.first_gap(0) == 4
 
 
+def test_nobody_sees_an_eviction_halfway(model: llama_cpp.llama_model_p) -> None:
+    """What is in use falls before it is counted as forgotten: whoever looks meanwhile sees what was before."""
+    seen: list[tuple[int, int]] = []
+
+    def look(_: Forgotten) -> None:
+        status = cache.status()
+        seen.append((status.used_bytes, status.forgotten_bytes))
+
+    with elastic(model, on_forgotten=look) as cache:
+        assert decode(cache, text(200)) == 0
+        before = cache.status()
+        cache.evict(60)
+        after = cache.status()
+        assert seen == [(before.used_bytes, 0)]
+        assert after.forgotten_bytes == before.used_bytes - after.used_bytes > 0
+
+
 def test_a_limit_under_the_floor_stops_at_the_floor(model: llama_cpp.llama_model_p) -> None:
     with elastic(model) as cache:
         assert decode(cache, text(300)) == 0

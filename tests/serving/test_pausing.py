@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.engine import Engine, EngineSettings
 from kvpsi.serving.request import Failed, Text
+from kvpsi.serving.rungs import PausedAnswer
 from serving.test_engine import STORY, Asked, ask, opened
 
 pytestmark = pytest.mark.engine
@@ -117,3 +120,27 @@ def test_a_disk_that_hangs_keeps_nobody_waiting(
         engine.close()
         context.cache.clear()
     assert not list(tmp_path.rglob("*.state"))
+
+
+def test_one_that_gives_nothing_is_not_the_only_one_to_be_paused() -> None:
+    """It may hold nothing yet, or only what it shares with others; that is no reason to forget."""
+    held = [500, 300, 0]
+    running: list[Any] = [SimpleNamespace(n_done=n) for n in held]
+    conversations: Any = SimpleNamespace(recompute_s=lambda n: n / 100)
+    rung = PausedAnswer(running, lambda _: running.pop().n_done, conversations, lambda: 1)
+    assert rung.offer() is not None and rung.give(10) == 300 and len(running) == 1
+    assert rung.offer() is None and rung.give(10) == 0 and len(running) == 1
+
+
+def test_what_was_asked_is_known_after_the_context_has_grown(default_model: Path) -> None:
+    chat = "<|im_start|>user\n" + LONG + "What does the keeper do?<|im_end|>\n<|im_start|>assistant\n"
+    with opened(default_model, 1024, 2048) as context:
+        engine = Engine(context, EngineSettings(parallel=2), spare_bytes=lambda: 1 << 30)
+        try:
+            asked = begin(engine, chat)
+            chances(asked, most=2)
+            assert engine.ask(lambda: engine._grow(1500)).result() and context.cache.n_cells > 1024
+            assert context.question_of(engine.running[0].seq_id) is not None
+            assert chances(asked)
+        finally:
+            engine.close()
