@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvpsi.kv import CacheSettings
+from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.context import ServedContext
 from kvpsi.serving.engine import Engine, EngineSettings
 from serving.test_engine import STORY, ask, opened
@@ -68,19 +69,37 @@ def test_the_next_turn_is_answered_as_if_nothing_had_been_forgotten(context: Ser
         prompt = forgetful(engine)
         if when == "idle":
             wait_for(lambda: (resting := engine.conversations.resting) is not None and not resting.lost)
-            assert engine.counters.healed_tokens > 200 and engine.counters.healing_s > 0
+            assert engine.healing.tokens > 200 and engine.healing.seconds > 0
             cached = engine.counters.cached_tokens
         elif when == "interrupted by the next turn":
-            wait_for(lambda: engine.counters.healed_tokens > 0)
+            wait_for(lambda: engine.healing.tokens > 0)
         found = next_turn(engine, prompt)
         if when == "idle":
             assert engine.counters.cached_tokens - cached >= len(prompt) - 64, "hardly anything is left to read"
         elif when == "before the next turn":
-            assert engine.counters.healed_tokens == 0
+            assert engine.healing.tokens == 0
         assert context.cache.trusted
     finally:
         engine.close()
     assert found == never_forgotten(context, prompt)
+
+
+def test_what_is_to_be_healed_is_not_parked_before(context: ServedContext, tmp_path: Path) -> None:
+    """As soon as the limit begins to grow back: what it holds still is not worth a file, and the rest would be lost."""
+    spill = SpillFolder(tmp_path, most_bytes=1 << 30, fingerprint=b"test")
+    settings = EngineSettings(parallel=2, least_idle_s=0.0)
+    engine = Engine(context, settings, spare_bytes=lambda: 1 << 30, free_bytes=lambda: 1 << 30, spill=spill)
+    try:
+        forgetful(engine)
+        engine.memory.set_limit((context.cache.n_cells - 200) * context.cache.bytes_per_cell, None)
+        wait_for(lambda: engine.healing.tokens > 200 and not engine.healing.may_come)
+        wait_for(lambda: engine.parking.written == 1)
+        (session,) = engine.sessions
+        assert len(session.tokens) > 500, "then it is, all of it"
+        engine.memory.set_limit(engine.memory.status().capacity_bytes, None)
+    finally:
+        engine.close()
+        context.cache.clear()
 
 
 def test_nothing_is_healed_while_there_is_no_room(context: ServedContext) -> None:
@@ -88,7 +107,7 @@ def test_nothing_is_healed_while_there_is_no_room(context: ServedContext) -> Non
     try:
         prompt = forgetful(engine)
         time.sleep(0.7)
-        assert engine.counters.healed_tokens == 0 and engine.conversations.resting is not None
+        assert engine.healing.tokens == 0 and engine.conversations.resting is not None
         found = next_turn(engine, prompt)
     finally:
         engine.close()

@@ -172,9 +172,10 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 def _remarks(settings: ServerSettings) -> Iterator[str]:
     """What was asked for and hardly meant."""
     from kvpsi.engines.loading import usable_threads
+    from kvpsi.serving.size import DEFAULT_CELLS
 
     load, can_run = settings.load, usable_threads()
-    if load.n_ctx and (remark := remark_on_protection(settings.cache, load.n_ctx)):
+    if remark := remark_on_protection(settings.cache, load.n_ctx or DEFAULT_CELLS):
         yield remark
     if load.n_threads > can_run:
         yield f"{load.n_threads} threads are more than the {can_run} that can run; they will wait for each other"

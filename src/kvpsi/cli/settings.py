@@ -37,16 +37,19 @@ def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto") -> 
     """What --reserve, --regrow-above and --forget-rate ask for."""
     from kvpsi.governor import GuardSettings, LawSettings
 
-    low_bytes, high_bytes = _size_or_auto(reserve), _size_or_auto(regrow_above)
+    low_bytes, high_bytes = _size_or_auto("--reserve", reserve), _size_or_auto("--regrow-above", regrow_above)
     if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
         raise UsageError(
             f"--regrow-above {regrow_above} is below --reserve {reserve}, so the cache would grow and shrink at once; "
             "raise --regrow-above, or lower --reserve."
         )
-    rate_bytes = 0 if forget_rate.strip() == "0" else _size_or_auto(forget_rate)
+    rate_bytes = 0 if forget_rate.strip() == "0" else _size_or_auto("--forget-rate", forget_rate)
     guards = GuardSettings(forget_bytes_per_min=rate_bytes, forget_burst_bytes=0 if rate_bytes == 0 else None)
     return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes, guards=guards)
 
 
-def _size_or_auto(text: str) -> int | None:
-    return None if text == "auto" else units.parse_bytes(text)
+def _size_or_auto(option: str, text: str) -> int | None:
+    try:
+        return None if text == "auto" else units.parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error} Or leave it at auto.") from error

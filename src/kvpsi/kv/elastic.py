@@ -11,6 +11,7 @@ import copy
 import logging
 import mmap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import llama_cpp
 import numpy as np
@@ -718,17 +719,8 @@ class ElasticCache(GatedCache):
             if self.questions.unscored:
                 self.score_questions(_SCORE_AT_ONCE_S)
             attention = self.questions.attention(cells.pos, self._sequences_of(stream))
-        return view_of(
-            cells,
-            keep=self.settings.keep,
-            tail=self._tail,
-            turn=self.settings.turn,
-            block_cells=self.block_cells,
-            used_at=self._used_at,
-            keys=self._keys[stream] if self._keys else None,
-            vocabulary=self._vocabulary,
-            attention=attention,
-        )
+        keys = self._keys[stream] if self._keys else None
+        return replace(self._view(cells), used_at=self._used_at, keys=keys, attention=attention)
 
     # -- questions -----------------------------------------------------------------------------------------------
 

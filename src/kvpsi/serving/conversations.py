@@ -72,6 +72,7 @@ class Conversations:
         parking: where they are parked.
         make_room: has room made for so many more cells, without the session given; the cells that are missing.
         missing_cells: the cells that are missing if so many more are to be taken.
+        free_bytes: memory that could be taken for a moment.
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class Conversations:
         parking: Parking,
         make_room: MakeRoom,
         missing_cells: Callable[[int], int],
+        free_bytes: Callable[[], int],
     ) -> None:
         self._context = context
         self._sessions = sessions
         self._parking = parking
         self._make_room = make_room
         self._missing_cells = missing_cells
+        self._free_bytes = free_bytes
         self._rests_since_s = 0.0
         self._s_per_token = _SUPPOSED_S_PER_TOKEN
         self._free = collections.deque(range(context.n_seq))
@@ -200,11 +203,15 @@ class Conversations:
         return len(resting.tokens)
 
     def set_aside(self, held: Held) -> bool:
-        """Take a running answer's sequence out of the cache, into a file if that is worth it, such that it comes back
-        to the last bit; whether it is in one. For a moment it takes twice as much memory."""
+        """Take a sequence out of the cache, into a file if that is worth it and there is room for a copy for a moment;
+        whether it is in one. It comes back to the last bit."""
         n_tokens = len(held.tokens)
         n_bytes = n_tokens * self._context.cache.bytes_per_cell
-        is_worth_it = self._parking.may_write and self._parking.is_worth_it(n_bytes, self.recompute_s(n_tokens))
+        is_worth_it = (
+            2 * n_bytes < self._free_bytes()
+            and self._parking.may_write
+            and self._parking.is_worth_it(n_bytes, self.recompute_s(n_tokens))
+        )
         loading_bytes = self._sessions.loading_bytes
         self._sessions.loading_bytes += n_bytes  # so that a governor does not take it for a neighbour
         try:
@@ -226,7 +233,7 @@ class Conversations:
         try:
             return Session(held.tokens, cache.save_sequence(held.seq_id), held.pin) if cache.trusted else None
         except (KvpsiError, OSError) as error:
-            log.info("A paused answer is read again, as it could not be saved: %s", error)
+            log.info("A conversation is read again later, as it could not be saved: %s", error)
             return None
 
     def note_lost(self, seq_ids: Sequence[int]) -> None:
@@ -262,6 +269,7 @@ class Conversations:
         elif (
             is_idle
             and resting is not None
+            and not resting.lost  # it is to be healed first
             and time.monotonic() - self._rests_since_s >= least_idle_s
             and not self._missing_cells(len(resting.tokens))
             and 2 * len(resting.tokens) * self._context.cache.bytes_per_cell < spare_bytes
@@ -318,16 +326,15 @@ class Conversations:
         """Save what rests in the cache and take it out, so that nobody has to attend to it; ``keeping`` stays."""
         resting, self._resting = self._resting, None
         if resting is not None:
-            try:
-                self._save(resting, keeping)
-            except (KvpsiError, OSError) as error:  # it is read anew then
-                log.info("A conversation could not be saved: %s", error)
-            self.release(resting.seq_id)
+            cache, n_tokens = self._context.cache, len(resting.tokens)
+            if n_tokens < _LEAST_KEPT_TOKENS:
+                self.release(resting.seq_id)
+            elif cache.allowed_cells < cache.n_cells and self._make_room(n_tokens, keeping):
+                if not self.set_aside(resting):  # there is no room for a copy that stays
+                    self._sessions.dropped += 1
+            else:
+                session = self._copy_of(resting)
+                self.release(resting.seq_id)
+                if session is not None:
+                    self._sessions.add(session)
         self._make_room(0, keeping)
-
-    def _save(self, held: Held, keeping: Session | None) -> None:
-        """Copy a conversation out of the cache, unless memory is short: for a moment it is there twice."""
-        cache, n_tokens = self._context.cache, len(held.tokens)
-        short = cache.allowed_cells < cache.n_cells and self._make_room(n_tokens, keeping)
-        if cache.trusted and n_tokens >= _LEAST_KEPT_TOKENS and not short:
-            self._sessions.add(Session(held.tokens, cache.save_sequence(held.seq_id), held.pin))

@@ -34,6 +34,7 @@ from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
 from kvpsi.serving.conversations import Conversations, Held, Prompt
+from kvpsi.serving.healing import Healing
 from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
@@ -41,7 +42,7 @@ from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.rungs import ParkedConversations, PausedAnswer, RestingConversation, SavedConversations
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Session, Sessions
-from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, piece_of, plan
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 from kvpsi.serving.waiting import QueueFullError, Waiting
 
@@ -54,6 +55,7 @@ _LEAST_SHARED_TOKENS = 32
 _LEAST_PIECE_TOKENS = 2  # one alone is computed in yet another way
 _RETRY_S = 0.05
 _LOOK_S = 0.25
+_BETWEEN_PIECES_S = 0.001
 _REFUSED_FOR_S = 30.0
 _PENALTY_TOKENS = 256
 _RECENT_S = 5.0
@@ -116,8 +118,6 @@ class Counters:
     rejected: int = 0
     pauses: int = 0
     forgotten_tokens: int = 0
-    healed_tokens: int = 0
-    healing_s: float = 0.0
     busy_s: float = 0.0
     prompt_s: float = 0.0
 
@@ -155,7 +155,12 @@ class Engine:
         self.sessions = Sessions()
         self.parking = Parking(spill, self.sessions, self.ask)
         self.conversations = Conversations(
-            context, self.sessions, self.parking, self._make_room, lambda n_tokens: self.memory.missing_cells(n_tokens)
+            context,
+            self.sessions,
+            self.parking,
+            self._make_room,
+            lambda n_tokens: self.memory.missing_cells(n_tokens),
+            free_bytes,
         )
         self.running: list[Answer] = []
         self._keeping: Session | None = None
@@ -168,10 +173,18 @@ class Engine:
             Forgetting(lambda: context.cache),
         )
         self.memory = CacheMemory(context, self.sessions, Ladder(rungs), self._shrink_if_idle, self._lossless_cells)
+        self.healing = Healing(
+            context,
+            self.conversations,
+            self.memory,
+            most_tokens=self.settings.chunk_beside,
+            is_tight=is_tight,
+            is_on=self.settings.heals,
+        )
         self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
         self.counters = Counters()
         self._deliver = deliver or _tell_listeners
-        self._spare_bytes, self._free_bytes = spare_bytes, free_bytes
+        self._spare_bytes = spare_bytes
         self._on_death = on_death
         self._is_tight = is_tight
         self._events: list[tuple[Request, Event]] = []
@@ -275,8 +288,8 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
-                elif held := self._to_heal():
-                    self._heal(held)
+                elif not len(self.waiting) and self.healing.is_due:
+                    self.healing.go_on()
                 self._park_if_due()
             except ContextLostError as error:
                 self._closing = True
@@ -311,13 +324,11 @@ class Engine:
 
     def _patience_s(self) -> float | None:
         """How long to wait for something to do before looking again."""
-        if self._to_heal() is not None:
-            return 0.001
         if len(self.waiting):
             return _RETRY_S
-        resting = self.conversations.resting
-        may_heal = self.settings.heals and resting is not None and resting.lost
-        return _LOOK_S if may_heal or self.conversations.may_park else None
+        if self.healing.is_due:
+            return _BETWEEN_PIECES_S
+        return _LOOK_S if self.healing.may_come or self.conversations.may_park else None
 
     def _leave_no_job(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -472,7 +483,7 @@ class Engine:
         elif n_lost:
             # what is read again is read in even pieces, as it would be by a server that never forgot it
             del held.tokens[max(0, len(held.tokens) - max(0, EVEN_PIECE_TOKENS - n_lost)) :]
-            held.lost = answer.tokens[len(held.tokens) : answer.n_done]
+            held.lost = answer.tokens[len(held.tokens) : answer.n_done] if self.settings.heals else []
             self.context.cache.seq_rm(answer.seq_id, len(held.tokens), -1)
         self.conversations.end(held, alone=not self.running)
 
@@ -551,7 +562,7 @@ class Engine:
         reading it again."""
         cache = self.context.cache
         before, held = cache.used_cells, self._held_by(answer)
-        is_whole, n_bytes = len(held.tokens) == answer.n_done, len(held.tokens) * cache.bytes_per_cell
+        is_whole = len(held.tokens) == answer.n_done
         answer.question = self.context.question_of(answer.seq_id)
         self.running.remove(answer)
         answer.n_done = 0
@@ -561,7 +572,7 @@ class Engine:
         answer.request.deadline_s = math.inf  # it was begun in time
         with self._lock:
             self.waiting.put_back(answer.request)
-        if is_whole and 2 * n_bytes < self._free_bytes():
+        if is_whole:
             self.conversations.set_aside(held)
         else:
             self.conversations.release(held.seq_id)
@@ -650,41 +661,6 @@ class Engine:
         likeliest = np.argpartition(chances, -n_top)[-n_top:] if n_top else np.empty(0, dtype=np.intp)
         ordered = likeliest[np.argsort(-chances[likeliest], kind="stable")]
         return Chosen(chance(token), tuple(chance(int(each)) for each in ordered))
-
-    # -- healing -------------------------------------------------------------------------------------------------
-
-    def _to_heal(self) -> Held | None:
-        """What rests and can be made whole again now: nobody waits, and there is room for all of it."""
-        held = self.conversations.resting
-        if not self.settings.heals or held is None or not held.lost or self.running or len(self.waiting):
-            return None
-        is_room = not self.memory.missing_cells(len(held.lost)) and not self._is_tight()
-        return held if is_room and self.context.cache.trusted else None
-
-    def _heal(self, held: Held) -> None:
-        """Read a piece of what was forgotten again."""
-        cache = self.context.cache
-        most = min(self.settings.chunk_beside, self.context.n_batch, cache.most_at_once())
-        piece = held.lost[: piece_of(len(held.lost), most)]
-        began = time.monotonic()
-        self._batch.clear()
-        self._batch.add(held.seq_id, len(held.tokens), piece, output=False)
-        try:
-            code = cache.decode(self._batch.native, return_when_stopped=True)
-        except CacheRefusedError:
-            code = DECODE_ABORTED
-        except BaseException:
-            held.lost.clear()
-            raise
-        if code == DECODE_OK:
-            held.tokens += piece
-            del held.lost[: len(piece)]
-            self.counters.healed_tokens += len(piece)
-            self.counters.healing_s += time.monotonic() - began
-        elif code == DECODE_ABORTED:
-            self.memory.make_room(0)
-        else:  # there is no room after all
-            held.lost.clear()
 
     # -- memory --------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class StatusCollector(Collector):
             finished.add_metric([s.model, reason], n_answers)
         yield finished
         given = CounterMetricFamily(
-            "kvpsi_given_bytes", "Memory of conversations that went, by what was given up.", labels=["rung"]
+            "kvpsi_given_bytes", "Memory that was given back, by what was given up.", labels=["rung"]
         )
         for rung, n_bytes in s.given_bytes.items():
             given.add_metric([rung], n_bytes)

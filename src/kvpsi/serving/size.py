@@ -10,7 +10,7 @@ from kvpsi.units import format_bytes
 
 _STEP_CELLS = 256
 _LEAST_CELLS = 512
-_DEFAULT_CELLS = 16384
+DEFAULT_CELLS = 16384
 
 
 def fitting_cells(known: Preview, load: LoadSettings, room: Headroom, law: LawSettings) -> tuple[int, str | None]:
@@ -43,5 +43,5 @@ def fitting_cells(known: Preview, load: LoadSettings, room: Headroom, law: LawSe
 
 def wanted_cells(known: Preview, load: LoadSettings) -> int:
     """Cells that the cache is to have in the end, in whole steps."""
-    wanted = load.n_ctx or max(known.n_ctx_train, _DEFAULT_CELLS)
+    wanted = load.n_ctx or max(known.n_ctx_train, DEFAULT_CELLS)
     return -(-wanted // _STEP_CELLS) * _STEP_CELLS

@@ -67,15 +67,12 @@ class Plan:
         known = get_args(Variant)
         if not self.variants or not set(self.variants) <= set(known):
             raise UsageError(f"The variants are {', '.join(known)}, not {','.join(self.variants)}.")
-        for name, least in (
-            ("n_conversations", 1),
-            ("n_turns", 2),
-            ("n_sentences", 4),
-            ("n_predict", 1),
-            ("rounds", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; give at least {least}.")
+        options = (("conversations", 1), ("turns", 2), ("sentences", 4), ("predict", 1))
+        for name, least in (*((f"n_{option}", least) for option, least in options), ("rounds", 1)):
+            value = getattr(self, name)
+            if value < least:
+                option = "--n-predict" if name == "n_predict" else f"--{name.removeprefix('n_')}"
+                raise UsageError(f"{option} is {value}; give at least {least}.")
         needed = self.n_conversations * (self.n_sentences * 14 + self.n_turns * (self.n_predict + 40))
         if needed > self.n_ctx:
             raise UsageError(f"All conversations may take {needed} tokens, but there are {self.n_ctx}; raise -c.")

@@ -67,7 +67,7 @@ class Plan:
         if not 1 <= self.n_facts <= recall.MOST_FACTS:
             raise UsageError(f"There are 1 to {recall.MOST_FACTS} facts in a document.")
         if min(self.n_documents, self.n_haystacks) < 0 or self.n_documents + self.n_haystacks < 1:
-            raise UsageError("There is one document at least.")
+            raise UsageError("--documents and --haystacks are 0 or more, and one of them is 1 at least.")
         if not 2 <= self.n_following <= 512 or self.n_tokens < 512:
             raise UsageError("A document has 512 tokens at least, and 2 to 512 follow.")
 
