@@ -79,7 +79,7 @@ def test_every_policy_is_measured_and_a_question_helps(default_model: Path, tmp_
         ({"kept": (1.0,)}, "between 0 and 1"),
         ({"n_tokens": 100}, "512 tokens"),
         ({"n_facts": 99}, "24"),
-        ({"n_documents": 0, "n_haystacks": 0}, "one document"),
+        ({"n_documents": 0, "n_haystacks": 0}, "one of them"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(options: dict[str, Any], told: str) -> None:

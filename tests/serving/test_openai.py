@@ -129,7 +129,11 @@ def test_the_second_turn_does_not_read_the_first_again(client: OpenAI) -> None:
     ]
     second = client.chat.completions.create(model="small", messages=messages, max_tokens=8, temperature=0)
     assert first.usage and second.usage and second.usage.prompt_tokens_details
-    assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= first.usage.prompt_tokens - 1
+    # of a repeatable request's prompt the last 64 tokens are read in any case
+    assert second.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_tokens - 64
+    third = client.chat.completions.create(model="small", messages=messages, max_tokens=8)
+    assert third.usage and third.usage.prompt_tokens_details
+    assert (third.usage.prompt_tokens_details.cached_tokens or 0) >= second.usage.prompt_tokens - 1
 
 
 def test_who_hangs_up_frees_the_place(client: OpenAI, served: Served) -> None:
