@@ -31,6 +31,14 @@ def serve(
     ] = 0,
     parallel: Annotated[int, typer.Option("--parallel", "-np", envvar="KVPSI_PARALLEL", help="Answers at once.")] = 8,
     threads: Annotated[int, typer.Option("--threads", "-t", envvar="KVPSI_THREADS", help="0: as many as can run.")] = 0,
+    adapt_threads: Annotated[
+        bool,
+        typer.Option(
+            "--adapt-threads/--no-adapt-threads",
+            envvar="KVPSI_ADAPT_THREADS",
+            help="Fewer while others need the processors.",
+        ),
+    ] = True,
     kv_type: Annotated[str, typer.Option("--kv-type", envvar="KVPSI_KV_TYPE", help="f16 or q8_0.")] = "f16",
     api_key: Annotated[
         list[str] | None, typer.Option("--api-key", help="May be repeated; default: none. Also KVPSI_API_KEY.")
@@ -136,6 +144,7 @@ def serve(
         spill_dir=spill_dir,
         spill_max_bytes=0 if spill_max.strip() == "0" else units.parse_bytes(spill_max),
         govern=not no_govern,
+        adapt_threads=adapt_threads,
         unified=kv_unified,
     )
     for remark in _remarks(settings):

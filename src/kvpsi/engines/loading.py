@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -15,11 +14,11 @@ from pathlib import Path
 import llama_cpp
 from llama_cpp._internals import LlamaModel
 
-from kvpsi.doctor.cpu import cpu_quota
 from kvpsi.errors import EnvironmentProblem, ModelFileError, PromptTooLongError, UsageError
 from kvpsi.governor import LawSettings
 from kvpsi.models import check_gguf
 from kvpsi.pressure import Headroom
+from kvpsi.pressure.cpu import allowed_cpus, cpu_quota
 from kvpsi.units import format_bytes
 
 KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
@@ -95,8 +94,7 @@ class LoadSettings:
 
 def usable_threads() -> int:
     """Threads that can really run: the affinity mask, cut by a CPU quota. More would spin and wait for each other."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(Path("/"))
+    allowed, quota = len(allowed_cpus()), cpu_quota()
     return max(1, min(allowed, int(quota)) if quota else allowed)
 
 

@@ -281,7 +281,7 @@ class ElasticCache(GatedCache):
     ) -> int:
         """One more token of a run: where it goes is known, and nothing else needs to be known until the run ends."""
         try:
-            with self._interruptibly(self.ctx, stoppable):
+            with self._computing(self.ctx, stoppable):
                 code = int(llama_cpp.llama_decode(self.ctx, batch))
             if code == DECODE_OK:
                 run.add(token)
@@ -331,7 +331,7 @@ class ElasticCache(GatedCache):
         before = [t.key_rows(p or []) for t, p in zip(self.trackers, plans, strict=False)]
         code = None
         try:
-            with self._interruptibly(self.ctx, stoppable and self.trusted and len(micro) == 1):
+            with self._computing(self.ctx, stoppable and self.trusted and len(micro) == 1):
                 code = int(llama_cpp.llama_decode(self.ctx, batch))
         finally:
             if code is None and self._holds(tokens):  # Ctrl-C came after llama.cpp had done it

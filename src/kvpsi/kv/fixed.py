@@ -99,7 +99,7 @@ class FixedCache(GatedCache):
         pass
 
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
-        with self._interruptibly(self.ctx, stoppable and len(tokens) <= self._n_ubatch):
+        with self._computing(self.ctx, stoppable and len(tokens) <= self._n_ubatch):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if code not in (DECODE_OK, DECODE_ABORTED) and code < -1:
             self.distrust_reason = f"llama_decode returned {code}, after which the tokens held are not known"

@@ -110,6 +110,8 @@ class GatedCache(ABC):
         makes_room: whether a decode asks the ladder for it; else that is done before, by whoever decodes.
         releases, trims, interrupts: how often pages went back, something was forgotten, a decode was stopped.
         forgotten_cells: all that ever were.
+        n_threads: that compute, if that was ever set.
+        thread_changes: how often that was set.
         returned_bytes: all that ever went back to the system.
     """
 
@@ -135,6 +137,8 @@ class GatedCache(ABC):
         self._interruptible = False
         self.ladder = Ladder((Forgetting(weakref.ref(self)),))
         self.makes_room = True
+        self.n_threads: int | None = None
+        self.thread_changes = 0
         self.releases = 0
         self.trims = 0
         self.forgotten_cells = 0
@@ -179,6 +183,8 @@ class GatedCache(ABC):
         limit_cells = other.limit_cells if other.limit_cells < other.n_cells else self.n_cells
         self.set_limit(limit_cells * self.bytes_per_cell, other.max_chunk_tokens)
         self.on_forgotten = other._on_forgotten
+        self.n_threads = other.n_threads
+        self.thread_changes += other.thread_changes
         self.releases += other.releases
         self.trims += other.trims
         self.makes_room = other.makes_room
@@ -253,6 +259,11 @@ class GatedCache(ABC):
         self.limit_cells = min(self.n_cells, limit_bytes // self.bytes_per_cell)
         self.max_chunk_tokens = chunk_tokens
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from the next decode on; callable from any thread."""
+        self.n_threads = n_threads
+        self.thread_changes += 1
+
     def interrupt(self) -> bool:
         """Stop a running decode within milliseconds so that room is made first; callable from any thread.
 
@@ -306,7 +317,7 @@ class GatedCache(ABC):
         start = 0
         stopped = False
         while start < len(tokens):
-            given = self.releases + self.trims
+            changes = self._changes
             self._resize_if_due()
             size = len(tokens) - start
             if divisible:
@@ -316,8 +327,8 @@ class GatedCache(ABC):
             self._make_room(size)
             try:
                 part = batch if whole else _slice(batch, start, size)
-                # what was stopped may be stopped again only if something was given meanwhile, or it would never end
-                again = self.releases + self.trims > given
+                # what was stopped may be stopped again only if something changed meanwhile, or it would never end
+                again = self._changes > changes
                 code = self._decode_piece(part, piece, stoppable and (again or not stopped))
             except BaseException:
                 self._broken_off()
@@ -333,6 +344,11 @@ class GatedCache(ABC):
             self._note_peak()
             start += size
         return DECODE_OK
+
+    @property
+    def _changes(self) -> int:
+        """How often anything changed that a decode may be stopped for."""
+        return self.releases + self.trims + self.thread_changes
 
     @abstractmethod
     def _next_pos(self, batch: llama_cpp.llama_batch) -> int:
@@ -389,12 +405,15 @@ class GatedCache(ABC):
             return "cache limit", "raise it"
         return "limit that memory sets", "free memory"
 
-    # -- interrupting --------------------------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _interruptibly(self, ctx: llama_cpp.llama_context_p, allowed: bool) -> Iterator[None]:
-        """While it lasts, `interrupt` may stop what ``ctx`` decodes."""
-        if not allowed:
+    def _computing(self, ctx: llama_cpp.llama_context_p, stoppable: bool) -> Iterator[None]:
+        """``ctx`` decodes with as many threads as it is to, and `interrupt` may stop it if it is stoppable."""
+        n_threads = self.n_threads
+        if n_threads is not None and llama_cpp.llama_n_threads(ctx) != n_threads:
+            llama_cpp.llama_set_n_threads(ctx, n_threads, n_threads)
+        if not stoppable:
             yield
             return
         llama_cpp.llama_set_abort_callback(ctx, _STRLEN, self._abort_data)

@@ -23,6 +23,7 @@ from kvpsi.pressure.cgroup import (
 
 _SEARCH_LIMIT = 4096
 _MEMORY_LIMIT_FILE: dict[CgroupVersion, str] = {1: "memory.limit_in_bytes", 2: "memory.max"}
+_CPU_QUOTA_FILE: dict[CgroupVersion, str] = {1: "cpu.cfs_quota_us", 2: "cpu.max"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,13 @@ class CgroupDirectory:
 class Cgroups:
     """The cgroups of one process.
 
-    ``memory`` are those with a memory controller, from its own up to the topmost visible one; ``pressure``
-    is its own version 2 cgroup if that has pressure files of its own (the root's are the system's).
-    ``notes`` are plain sentences about what is missing.
+    ``memory`` are those with a memory controller, from its own up to the topmost visible one, and ``cpu`` those in
+    which a CPU quota can be set; ``pressure`` is its own version 2 cgroup if that has pressure files of its own (the
+    root's are the system's). ``notes`` are plain sentences about what is missing.
     """
 
     memory: tuple[CgroupDirectory, ...] = ()
+    cpu: tuple[CgroupDirectory, ...] = ()
     pressure: CgroupDirectory | None = None
     notes: tuple[str, ...] = ()
 
@@ -67,21 +69,22 @@ def locate_cgroups(root: Path, pid: int | Literal["self"] = "self") -> Cgroups:
         notes.append(f"The usual cgroup mount points are assumed: {_reason(error)}.")
     own_pid = os.getpid() if pid == "self" else pid
     memory: tuple[CgroupDirectory, ...] = ()
+    cpu: tuple[CgroupDirectory, ...] = ()
     pressure: CgroupDirectory | None = None
     for entry in entries:
-        if entry.version == 1 and "memory" not in entry.controllers:
+        if entry.version == 1 and not {"memory", "cpu"} & set(entry.controllers):
             continue
         chain = _chain(root, entry, mounts, own_pid)
         if not chain:
             notes.append(f"The version {entry.version} cgroup {entry.path} is not visible from here.")
             continue
-        with_memory = tuple(each for each in chain if _has(each, _MEMORY_LIMIT_FILE[entry.version]))
-        memory = memory or with_memory
+        memory = memory or tuple(each for each in chain if _has(each, _MEMORY_LIMIT_FILE[entry.version]))
+        cpu = cpu or tuple(each for each in chain if _has(each, _CPU_QUOTA_FILE[entry.version]))
         if entry.version == 2:
             pressure = _pressure_directory(chain[0])
     if not memory:
         notes.append("No memory controller is visible for this process, so only the system's memory counts.")
-    return Cgroups(memory, pressure, tuple(notes))
+    return Cgroups(memory, cpu, pressure, tuple(notes))
 
 
 def _chain(root: Path, entry: CgroupEntry, mounts: list[CgroupMount], own_pid: int) -> tuple[CgroupDirectory, ...]:
@@ -186,9 +189,10 @@ def _usual_mounts(root: Path) -> list[CgroupMount]:
         CgroupMount("/", "/sys/fs/cgroup", 2, ()),
         CgroupMount("/", "/sys/fs/cgroup/unified", 2, ()),
         CgroupMount("/", "/sys/fs/cgroup/memory", 1, ("memory",)),
+        CgroupMount("/", "/sys/fs/cgroup/cpu", 1, ("cpu",)),
+        CgroupMount("/", "/sys/fs/cgroup/cpu,cpuacct", 1, ("cpu", "cpuacct")),
     ]
-    marker = {1: "memory.limit_in_bytes", 2: "cgroup.procs"}
-    return [each for each in guesses if (_under(root, each.mount_point) / marker[each.version]).exists()]
+    return [each for each in guesses if _under(root, each.mount_point).is_dir()]
 
 
 def _under(root: Path, absolute: str) -> Path:

@@ -197,7 +197,7 @@ class Engine:
         self._idle = False
         self._prompts_next = False
         self._refused_since: float | None = None
-        self._was_stopped_at: tuple[int, int, int] | None = None
+        self._was_stopped_at: tuple[int, int, int, int] | None = None
         self._seeds = np.random.default_rng()
         context.cache.on_forgotten = self._note_forgotten
         context.cache.makes_room = False  # it is made before, by what loses nothing as far as possible
@@ -251,6 +251,14 @@ class Engine:
         refused: Future[R] = Future()
         refused.set_exception(ShuttingDownError("The server is shutting down."))
         return refused
+
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from the next decode on."""
+        self.context.cache.set_threads(n_threads)
+
+    def interrupt(self) -> bool:
+        """Stop what is being decoded, so that it is done again; whether there was something."""
+        return self.context.cache.interrupt()
 
     def end_soon(self) -> None:
         """Have all answers end with an error, without waiting for it."""
@@ -596,16 +604,16 @@ class Engine:
 
     def _decode(self) -> int:
         cache = self.context.cache
-        # what was stopped may be stopped again only if something was given since, or it would never end
-        given = (cache.releases, cache.trims, sum(self.memory.ladder.given_bytes.values()))
-        stoppable = given != self._was_stopped_at
+        # what was stopped may be stopped again only if something changed since, or it would never end
+        changes = (cache.releases, cache.trims, cache.thread_changes, sum(self.memory.ladder.given_bytes.values()))
+        stoppable = changes != self._was_stopped_at
         try:
             code = cache.decode(self._batch.native, return_when_stopped=stoppable)
         except CacheRefusedError as error:
             if self.memory.make_room(len(self._batch)):
                 self._note_refusal(error)
             return DECODE_ABORTED
-        self._was_stopped_at = given if code == DECODE_ABORTED else None
+        self._was_stopped_at = changes if code == DECODE_ABORTED else None
         return code
 
     def _note_refusal(self, error: CacheRefusedError) -> None:

@@ -22,6 +22,7 @@ from kvpsi.engines.loading import LoadSettings, preview
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
 from kvpsi.governor import LawSettings
+from kvpsi.governor.threads import ThreadSettings
 from kvpsi.instrument import Instrument, Instruments
 from kvpsi.kv import CacheSettings
 from kvpsi.kv.policies import Auto, EvictionPolicy
@@ -64,6 +65,7 @@ class ServerSettings:
         spill_dir: where idle conversations are parked when memory gets short; None: beside the models.
         spill_max_bytes: the most that they may take there; 0: none is parked.
         govern: whether memory is given back when others need it.
+        adapt_threads: whether threads follow the processors that are free; ``load.n_threads`` then is the most.
         unified: whether all answers share all cells of the cache; else each has an equal part to itself.
     """
 
@@ -86,6 +88,7 @@ class ServerSettings:
     spill_dir: Path | None = None
     spill_max_bytes: int = 4 << 30
     govern: bool = True
+    adapt_threads: bool = True
     unified: bool = True
 
     def __post_init__(self) -> None:
@@ -217,6 +220,8 @@ class Server:
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())
                 service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
+            if s.adapt_threads:
+                service.govern_cpu(ThreadSettings(most_threads=s.load.n_threads), self._instrument)
             service.latencies = Latencies(self._registry, name.alias)
             self._registry.register(StatusCollector(service.status))
             app.state.service = service

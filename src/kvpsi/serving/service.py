@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 from kvpsi.errors import KvpsiError
 from kvpsi.governor import Governor
+from kvpsi.governor.cpu import CpuGovernor
+from kvpsi.governor.threads import ThreadSettings
+from kvpsi.instrument import Instrument
 from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
@@ -73,6 +76,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self.room = SensedHeadroom()
         self.latencies: Latencies | None = None
+        self.cpu_governor: CpuGovernor | None = None
         self.events = events or Events()
         self.engine = Engine(
             context,
@@ -95,6 +99,8 @@ class Service:
         """Stop governing, and end all answers with an error."""
         with contextlib.ExitStack() as steps:  # the engine's thread ends whatever happens before
             steps.callback(self.engine.close)
+            if self.cpu_governor is not None:
+                steps.callback(self.cpu_governor.stop)
             if self.governor is not None:
                 steps.callback(self.governor.stop)
             steps.callback(self.history.close)
@@ -103,6 +109,10 @@ class Service:
         """Keep the memory within what the machine can spare; options as for `kvpsi.governor.Governor`."""
         self.room.governor = Governor(self.engine.memory, source, **options)
         self.room.governor.start()
+
+    def govern_cpu(self, settings: ThreadSettings | None = None, instrument: Instrument | None = None) -> None:
+        """Compute with as many threads as the processors have room for."""
+        self.cpu_governor = CpuGovernor(self.engine, settings=settings, instrument=instrument).start()
 
     @property
     def governor(self) -> Governor | None:

@@ -132,7 +132,7 @@ class RebuiltCache(ResizedCache):
 
     def _decode_piece(self, batch: llama_cpp.llama_batch, tokens: Tokens, stoppable: bool) -> int:
         at_once = len(tokens) <= self._n_ubatch
-        with self._interruptibly(self.ctx, stoppable and at_once):
+        with self._computing(self.ctx, stoppable and at_once):
             code = int(llama_cpp.llama_decode(self.ctx, batch))
         if code == DECODE_OK:
             self._sequence.decoded(tokens.pos)
