@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,13 +22,11 @@ from kvpsi.errors import CacheRefusedError, EnvironmentProblem, ModelFileError, 
 if TYPE_CHECKING:
     import llama_cpp
 
-    from kvpsi.cli.eventlog import EventLog
     from kvpsi.engines.llama import GovernedLlama
     from kvpsi.engines.loading import LoadSettings, Preview
     from kvpsi.generation import Answer, Report
     from kvpsi.governor import LawSettings
     from kvpsi.kv import CacheSettings
-    from kvpsi.kv.policies import EvictionPolicy
 
 _SHORT_S = 2.0
 _BUSY_SHARE = 0.25
@@ -47,6 +45,9 @@ def generate(
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Context in tokens, 0: as needed.")] = 0,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     threads: Annotated[int, typer.Option("--threads", "-t", help="Threads, 0: as many as can run.")] = 0,
+    adapt_threads: Annotated[
+        bool, typer.Option("--adapt-threads/--no-adapt-threads", help="Fewer while others need the processors.")
+    ] = True,
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the cache: f16 or q8_0.")] = "f16",
     temperature: Annotated[float, typer.Option("--temp", help="Temperature, 0: the likeliest words.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed for a temperature above 0.")] = 0,
@@ -89,9 +90,12 @@ def generate(
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(contextlib.closing(_open(path, n_ctx, load)))
         events = None if log is None else stack.enter_context(contextlib.closing(EventLog(log)))
-        governed = None if no_govern else stack.enter_context(_governed(llm, share, law, cache, choice, events))
+        options: dict[str, Any] = {"cache_limit": share, "settings": law, "cache_settings": cache, "policy": choice}
+        options |= {"instrument": events, "adapt_threads": adapt_threads}
+        governed = None if no_govern else stack.enter_context(_governed(llm, cache, options))
         answer = Answer(llm, governed, text, sampling)
-        with _remark_on_busy_processors(load.n_threads or usable_threads()):
+        adapts = governed is not None and adapt_threads
+        with _remark_on_busy_processors(1 if adapts else load.n_threads or usable_threads()):
             written = _write(answer, governed, known.prompt_tokens, show=not json)
     if answer.report is not None:
         _tell(written, answer.report, json)
@@ -133,20 +137,13 @@ def _open(path: Path, n_ctx: int, load: LoadSettings) -> llama_cpp.Llama:
 
 
 @contextlib.contextmanager
-def _governed(
-    llm: llama_cpp.Llama,
-    share: float,
-    law: LawSettings,
-    cache: CacheSettings,
-    policy: EvictionPolicy,
-    events: EventLog | None,
-) -> Iterator[GovernedLlama | None]:
-    """The governed model, or None with a remark where its cache has to be left alone."""
+def _governed(llm: llama_cpp.Llama, cache: CacheSettings, options: Mapping[str, Any]) -> Iterator[GovernedLlama | None]:
+    """The model governed with these options, or None with a remark where its cache has to be left alone."""
     from kvpsi.engines.llama import govern
     from kvpsi.errors import LayoutError
 
     try:
-        governed = govern(llm, cache_limit=share, settings=law, cache_settings=cache, policy=policy, instrument=events)
+        governed = govern(llm, **options)
     except LayoutError as error:
         _say(f"not governed: {error}")
         yield None

@@ -22,6 +22,8 @@ from kvpsi.engines.resting import Resting
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
+from kvpsi.governor.cpu import CpuGovernor
+from kvpsi.governor.threads import ThreadSettings
 from kvpsi.instrument import Instrument, guarded
 from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings
 from kvpsi.kv.forgetting import Forgetting
@@ -72,6 +74,7 @@ class GovernedLlama:
         self._resting = Resting(llm, cache) if isinstance(cache, ElasticCache) else None
         if self._resting is not None:
             cache.ladder = Ladder((self._resting, Forgetting(weakref.ref(cache))))
+        self.cpu_governor: CpuGovernor | None = None
         self._attached = Attachment()
         self._open_ones: list[GovernedLlama] = []
         self._closed = False
@@ -139,6 +142,8 @@ class GovernedLlama:
         if self._closed:
             return
         self.governor.stop()
+        if self.cpu_governor is not None:
+            self.cpu_governor.stop()
         restore()
         self._closed = True
         self._open_ones.clear()
@@ -150,10 +155,19 @@ class GovernedLlama:
     def _restore_capacity(self) -> None:
         """Leave a context as large as it was; if there is no memory for it, a model that knows its smaller size."""
         self.cache.restore_capacity()
+        llama_cpp.llama_set_n_threads(self.llm.ctx, *_threads_of(self.llm))
         held = int(llama_cpp.llama_n_ctx(self.llm.ctx))
         if held < self.llm._n_ctx:
             log.warning("kvpsi leaves the model with a context of %d instead of %d tokens.", held, self.llm._n_ctx)
             self.llm._n_ctx, self.llm.n_batch = held, min(self.llm.n_batch, held)
+
+    def _govern_cpu(self) -> None:
+        """Compute with as many threads as there is room for, and never more than the model was opened with."""
+        self.cache.most_threads = _threads_of(self.llm)
+        settings = ThreadSettings(most_threads=max(self.cache.most_threads))
+        if settings.most_threads > 1:
+            self.cpu_governor = CpuGovernor(self.cache, settings=settings, instrument=self.governor.instrument)
+            self.cpu_governor.start()
 
     def __enter__(self) -> GovernedLlama:
         return self
@@ -302,6 +316,11 @@ def _close_all(governed: list[GovernedLlama]) -> None:
         each._close_with_model()
 
 
+def _threads_of(llm: llama_cpp.Llama) -> tuple[int, int]:
+    """With how many it was opened, for single tokens and for batches."""
+    return int(llm.n_threads), int(llm.n_threads_batch)
+
+
 def _valid_share(share: float) -> float:
     if not isinstance(share, numbers.Real) or isinstance(share, bool):
         raise UsageError(f"A cache limit is a number above 0 and at most 1, such as 0.7, not {share!r}.")
@@ -322,6 +341,7 @@ def govern(
     rebuild: bool | RebuildSettings = True,
     monitor: MonitorSettings | None = None,
     make: MakeCache | None = None,
+    adapt_threads: bool = True,
 ) -> GovernedLlama:
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
@@ -344,6 +364,7 @@ def govern(
             say how often.
         monitor: how often readings are taken.
         make: how the model gets its cache, such as `kvpsi.engines.caches.make_rebuilt`; ``rebuild`` then says nothing.
+        adapt_threads: whether fewer threads compute while others need the processors, or a quota leaves room for fewer.
 
     Raises:
         LayoutError: the model's cache is of a kind that cannot be resized, or not without rebuilding although
@@ -365,6 +386,8 @@ def govern(
         governed._attach()
         governed.set_cache_limit(share)
         governor.start()
+        if adapt_threads:
+            governed._govern_cpu()
     except BaseException:
         governed.close()
         raise

@@ -36,6 +36,7 @@ C = TypeVar("C", bound="GatedCache")
 _STRLEN = ctypes.cast(ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen, llama_cpp.ggml_abort_callback)
 _NO_CALLBACK = llama_cpp.ggml_abort_callback(0)
 
+_ANY_THREADS = 1 << 16
 DECODE_OK, DECODE_NO_ROOM, DECODE_ABORTED, DECODE_INVALID = 0, 1, 2, -1
 
 
@@ -111,6 +112,7 @@ class GatedCache(ABC):
         releases, trims, interrupts: how often pages went back, something was forgotten, a decode was stopped.
         forgotten_cells: all that ever were.
         n_threads: that compute, if that was ever set.
+        most_threads: that ever compute, for single tokens and for batches.
         thread_changes: how often that was set.
         returned_bytes: all that ever went back to the system.
     """
@@ -138,6 +140,7 @@ class GatedCache(ABC):
         self.ladder = Ladder((Forgetting(weakref.ref(self)),))
         self.makes_room = True
         self.n_threads: int | None = None
+        self.most_threads = (_ANY_THREADS, _ANY_THREADS)
         self.thread_changes = 0
         self.releases = 0
         self.trims = 0
@@ -183,7 +186,7 @@ class GatedCache(ABC):
         limit_cells = other.limit_cells if other.limit_cells < other.n_cells else self.n_cells
         self.set_limit(limit_cells * self.bytes_per_cell, other.max_chunk_tokens)
         self.on_forgotten = other._on_forgotten
-        self.n_threads = other.n_threads
+        self.n_threads, self.most_threads = other.n_threads, other.most_threads
         self.thread_changes += other.thread_changes
         self.releases += other.releases
         self.trims += other.trims
@@ -410,9 +413,10 @@ class GatedCache(ABC):
     @contextlib.contextmanager
     def _computing(self, ctx: llama_cpp.llama_context_p, stoppable: bool) -> Iterator[None]:
         """``ctx`` decodes with as many threads as it is to, and `interrupt` may stop it if it is stoppable."""
-        n_threads = self.n_threads
-        if n_threads is not None and llama_cpp.llama_n_threads(ctx) != n_threads:
-            llama_cpp.llama_set_n_threads(ctx, n_threads, n_threads)
+        if self.n_threads is not None:
+            single, batched = (min(self.n_threads, most) for most in self.most_threads)
+            if (llama_cpp.llama_n_threads(ctx), llama_cpp.llama_n_threads_batch(ctx)) != (single, batched):
+                llama_cpp.llama_set_n_threads(ctx, single, batched)
         if not stoppable:
             yield
             return
