@@ -60,6 +60,16 @@ def serve(
     queue_timeout_s: Annotated[
         float, typer.Option("--queue-timeout-s", envvar="KVPSI_QUEUE_TIMEOUT_S", help="How long a request may wait.")
     ] = 60.0,
+    admission: Annotated[
+        str,
+        typer.Option(
+            "--admission", envvar="KVPSI_ADMISSION", help="Who may begin: adaptive, static, static:4, avg10, avg10:90%."
+        ),
+    ] = "adaptive",
+    pace: Annotated[
+        float,
+        typer.Option("--pace", envvar="KVPSI_PACE", help="How much slower answers get while prompts are read; 0: any."),
+    ] = 1.5,
     max_body: Annotated[str, typer.Option("--max-body", envvar="KVPSI_MAX_BODY", help="Largest request.")] = "8M",
     keep: Annotated[
         int, typer.Option("--keep", envvar="KVPSI_KEEP", help="First tokens that are never forgotten.")
@@ -115,6 +125,7 @@ def serve(
         raise EnvironmentProblem(
             f"The server needs packages that are not installed ({error.name}): `pip install kvpsi[serve]` does that."
         ) from error
+    from kvpsi.admission import policy_named as admission_policy_named
     from kvpsi.cli.eventlog import EventLog
     from kvpsi.kv.policies import policy_named
 
@@ -130,7 +141,13 @@ def serve(
         host=host,
         port=port,
         load=LoadSettings(n_ctx=ctx, n_threads=threads, kv_type=kv_type),
-        engine=EngineSettings(parallel=parallel, most_waiting=queue, heals=heal),
+        engine=EngineSettings(
+            parallel=parallel,
+            most_waiting=queue,
+            heals=heal,
+            admission=admission_policy_named(admission),
+            stretch=pace,
+        ),
         cache=cache_settings(keep, tail, turn, min_prune),
         policy=policy_named(policy),
         law=law_settings(reserve, regrow_above, forget_rate),

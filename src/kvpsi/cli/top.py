@@ -130,7 +130,10 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
     if s["sessions_parked"]:
         table.add_row("  parked", f"{s['sessions_parked']} ({format_bytes(s['parked_bytes'])} on disk)")
     requests = f"answering {s['running']} of {s['parallel']}, {s['waiting']} waiting, {s['finished']} finished"
-    table.add_row("requests", requests, f"{s['failed']} failed, {s['cancelled']} cancelled, {s['rejected']} rejected")
+    rejected = sum(s["rejected"].values())
+    table.add_row("requests", requests, f"{s['failed']} failed, {s['cancelled']} cancelled, {rejected} rejected")
+    table.add_row("  at once", f"{s['concurrency_limit']} of {s['parallel']} at most", s["admission_reason"])
+    table.add_row("threads", str(s["threads"]), s["threads_reason"])
     given = f"{format_bytes(s['returned_bytes'])} in {s['releases']} releases"
     table.add_row(
         "given back",

@@ -33,7 +33,7 @@ class CpuGovernor:
     ``start`` looks once and decides at once. A context manager.
 
     Args:
-        engine: what computes.
+        engine: what computes; None: the processors are only watched.
         source: where readings come from; it is closed by ``stop``.
         settings: constants of the law.
         instrument: sees decisions that change something, as ``threads``.
@@ -41,7 +41,7 @@ class CpuGovernor:
 
     def __init__(
         self,
-        engine: Computes,
+        engine: Computes | None,
         source: CpuSource | None = None,
         *,
         settings: ThreadSettings | None = None,
@@ -63,7 +63,7 @@ class CpuGovernor:
         reading = self._source.read()
         decision, self.state = decide_threads(reading, self.state, self.settings)
         before, self.decision, self.reading = self.decision, decision, reading
-        if before is None or decision.n_threads != before.n_threads:
+        if self.engine is not None and (before is None or decision.n_threads != before.n_threads):
             self.changes += before is not None
             self.engine.set_threads(decision.n_threads)
             self.instrument.event("threads", decision)

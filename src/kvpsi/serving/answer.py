@@ -21,6 +21,8 @@ class Answer:
 
     Attributes:
         question: what it answers, while it is paused.
+        read_at: number of the decode in which tokens of its prompt were last read, 0 before the first.
+        begun_s: when it was begun the last time.
     """
 
     def __init__(self, request: Request, sampler: Sampler, emit: Callable[[Request, Event], None]) -> None:
@@ -33,6 +35,8 @@ class Answer:
         self.cached_tokens = 0
         self.forgotten_tokens = 0
         self.pauses = 0
+        self.read_at = 0
+        self.begun_s = 0.0
         self.question: Question | None = None
         self.finished = False
         self.reason: FinishReason | None = None
@@ -66,9 +70,10 @@ class Answer:
     def begin(self, seq_id: int, n_done: int) -> None:
         """It has a sequence now, which holds so many of its first tokens already."""
         self.seq_id, self.n_done = seq_id, n_done
+        self.begun_s = time.monotonic()
         if not self.pauses:
             self.cached_tokens = n_done
-            self.queued_s = time.monotonic() - self.request.arrived_s
+            self.queued_s = self.begun_s - self.request.arrived_s
 
     def take(self, token: int, piece: bytes, *, ends: bool, chosen: Chosen | None, most_tokens: int) -> None:
         """Take the next token.

@@ -69,6 +69,7 @@ class ServedContext:
         cache: through which every change to it goes.
         n_seq: sequences that there can be at once.
         n_batch: the most tokens of one decode.
+        n_threads: with which it was made.
 
     Raises:
         EnvironmentProblem: there is no memory for the context.
@@ -117,6 +118,7 @@ class ServedContext:
                 f"llama.cpp could not make a context of {n_cells} tokens; free memory, or use a smaller -c."
             )
         self.ctx = ctx
+        self.n_threads = int(llama_cpp.llama_n_threads(ctx))
         try:
             self.cache = self._make_cache(ctx, questions)
         except BaseException:

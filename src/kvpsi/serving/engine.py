@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import llama_cpp
 import numpy as np
 
+from kvpsi.admission import Admission, AdmissionPolicy, Load, Places, Pressure, QueueFullError
 from kvpsi.errors import (
     CacheRefusedError,
     EnvironmentProblem,
@@ -36,6 +37,7 @@ from kvpsi.serving.context import ContextLostError, ServedContext
 from kvpsi.serving.conversations import Conversations, Held, Prompt
 from kvpsi.serving.healing import Healing
 from kvpsi.serving.memory import CacheMemory
+from kvpsi.serving.pace import Pace
 from kvpsi.serving.parking import Parking
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
@@ -44,7 +46,6 @@ from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Session, Sessions
 from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, plan
 from kvpsi.serving.thread import ComputingThread, job_of
-from kvpsi.serving.waiting import QueueFullError, Waiting
 
 log = logging.getLogger("kvpsi")
 R = TypeVar("R")
@@ -58,13 +59,15 @@ _LOOK_S = 0.25
 _BETWEEN_PIECES_S = 0.001
 _REFUSED_FOR_S = 30.0
 _PENALTY_TOKENS = 256
+_LOOKED_AT = 16
+_FIRST_TOKEN_WEIGHT = 0.2
 _RECENT_S = 5.0
 _MOST_RECENT = 2048
 _STEP_CELLS = 256
 
 
 class WaitedTooLongError(KvpsiError):
-    """A request's deadline passed before it was begun. ``retry_after_s`` is when there should be room."""
+    """The time passed in which a request was to begin. ``retry_after_s`` is when there should be room."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__("The request waited too long for its turn; try again later.")
@@ -83,13 +86,17 @@ class EngineSettings:
         parallel: answers at once.
         most_waiting: requests that may wait beside them.
         chunk_beside: tokens of prompts in one decode while somebody's answer is being written.
+        admission: how many of them are begun at once; None: `kvpsi.admission.policies.Adaptive`.
+        stretch: how much longer answers may take while prompts are read; 0: answers and prompts simply take turns.
         least_idle_s: for which nobody has been answering a conversation before it is parked, unless memory is short.
         heals: whether what was forgotten is read again while nobody is being answered and there is room.
     """
 
     parallel: int = 8
     most_waiting: int = 64
-    chunk_beside: int = 128
+    chunk_beside: int = EVEN_PIECE_TOKENS
+    admission: AdmissionPolicy | None = None
+    stretch: float = 1.5
     least_idle_s: float = 10.0
     heals: bool = True
 
@@ -101,6 +108,11 @@ class EngineSettings:
             raise UsageError(f"A queue for {self.most_waiting} requests cannot be; give 0 or more with --queue.")
         if self.chunk_beside < 1:
             raise UsageError("chunk_beside must be at least 1, or no prompt is ever read beside an answer.")
+        if self.stretch != 0 and not 1.05 <= self.stretch <= 100:
+            raise UsageError(
+                f"A pace of {self.stretch:g} cannot be kept: answers have to wait a little while prompts are read; "
+                "give 1.05 or more with --pace, or 0 to read them as they come."
+            )
 
 
 @dataclass(slots=True)
@@ -115,7 +127,6 @@ class Counters:
     finished_by: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0})
     failed: int = 0
     cancelled: int = 0
-    rejected: int = 0
     pauses: int = 0
     forgotten_tokens: int = 0
     busy_s: float = 0.0
@@ -136,6 +147,7 @@ class Engine:
         thread: in which it works; the one that made the context, or else speed is lost. None: one of its own.
         spill: where idle conversations are parked; it is closed with the engine. None: they are dropped instead.
         is_tight: whether memory may soon be too little, so that they are parked in time.
+        pressure: what the kernel says of processors, memory and disks, for admission.
     """
 
     def __init__(
@@ -149,6 +161,7 @@ class Engine:
         thread: ComputingThread | None = None,
         spill: SpillFolder | None = None,
         is_tight: Callable[[], bool] = lambda: False,
+        pressure: Callable[[], Pressure] = Pressure,
     ) -> None:
         self.context = context
         self.settings = settings or EngineSettings()
@@ -181,7 +194,15 @@ class Engine:
             is_tight=is_tight,
             is_on=self.settings.heals,
         )
-        self.waiting: Waiting[Request] = Waiting(self.settings.most_waiting, time.monotonic)
+        s = self.settings
+        self.waiting: Admission[Request] = Admission(
+            s.most_waiting, s.admission, time.monotonic, self._places, self._load
+        )
+        self.pace = Pace(s.stretch)
+        self._pressure = pressure
+        self._first_token_s: float | None = None
+        self._turned_away: list[Request] = []
+        self._cancelled: list[Request] = []
         self.counters = Counters()
         self._deliver = deliver or _tell_listeners
         self._spare_bytes = spare_bytes
@@ -195,7 +216,6 @@ class Engine:
         self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=_MOST_RECENT)
         self._closing = False
         self._idle = False
-        self._prompts_next = False
         self._refused_since: float | None = None
         self._was_stopped_at: tuple[int, int, int, int] | None = None
         self._seeds = np.random.default_rng()
@@ -214,6 +234,7 @@ class Engine:
         Raises:
             PromptTooLongError: its prompt does not fit into the context.
             QueueFullError: too many wait already.
+            TooLateError: it would not be answered in time.
             ShuttingDownError: the engine is closed.
         """
         if self._closing:
@@ -224,11 +245,9 @@ class Engine:
                 f"The prompt has {n_prompt} tokens, but the context holds {most} with the answer; shorten it."
             )
         with self._lock:
-            try:
-                self.waiting.put(request)
-            except QueueFullError:
-                self.counters.rejected += 1
-                raise
+            displaced = self.waiting.offer(request)
+            if displaced is not None:
+                self._turned_away.append(displaced)
         self._jobs.put(None)
 
     def tokens_per_second(self) -> float:
@@ -239,6 +258,8 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """The answer is not wanted any more; nothing more is said of it."""
         request.cancelled = True
+        with self._lock:
+            self._cancelled.append(request)
         self._jobs.put(None)
 
     def ask(self, job: Callable[[], R]) -> Future[R]:
@@ -359,17 +380,20 @@ class Engine:
             self.counters.cancelled += 1
             self._end(answer)
         with self._lock:
-            for request in [r for r in self.waiting if r.cancelled]:
-                self.waiting.discard(request)
+            cancelled, self._cancelled = self._cancelled, []
+            for request in [r for r in cancelled if self.waiting.discard(r)]:
                 self._forget_paused(request)
                 self.counters.cancelled += 1
-            late = self.waiting.overdue()
-            retry_s = self.waiting.drain.seconds_for(len(self.waiting) + 1)
-        for request in late:
+            failed: list[tuple[Request, KvpsiError]] = [
+                (request, WaitedTooLongError(retry_s)) for request, retry_s in self.waiting.overdue()
+            ]
+            turned_away, self._turned_away = self._turned_away, []
+            failed += [(request, QueueFullError(self.waiting.retry_after_s(request))) for request in turned_away]
+            limit = min(self.settings.parallel, self.waiting.limit())
+        for request, error in failed:
             self._forget_paused(request)
-            self.counters.failed += 1
-            self._emit(request, Failed(WaitedTooLongError(retry_s)))
-        while len(self.running) < self.settings.parallel:
+            self._emit(request, Failed(error))
+        while len(self.running) < limit:
             chosen = self._next_to_begin()
             if chosen is None:
                 if self._grow_for_those_who_wait():
@@ -388,7 +412,7 @@ class Engine:
     def _next_to_begin(self) -> Request | None:
         """The first in the queue that may begin."""
         with self._lock:
-            waiting = list(self.waiting)
+            waiting = self.waiting.first_ones(_LOOKED_AT)
         unready, places = 0, self.settings.parallel - len(self.running)
         for request in waiting:
             if not self._may_begin(request):
@@ -399,7 +423,7 @@ class Engine:
                     return None
                 continue
             with self._lock:
-                if self.waiting.discard(request):
+                if self.waiting.take(request):
                     return request
         return None
 
@@ -429,8 +453,8 @@ class Engine:
     def _grow_for_those_who_wait(self) -> bool:
         """Grow if the first in the queue waits for cells that the context does not have; whether it did."""
         with self._lock:
-            first = next(iter(self.waiting), None)
-        return first is not None and self._grow(self.context.cache.used_cells + self._cells_to_begin(first))
+            first = self.waiting.first_ones(1)
+        return bool(first) and self._grow(self.context.cache.used_cells + self._cells_to_begin(first[0]))
 
     def _grow(self, n_cells: int) -> bool:
         """Make room for so many cells, if the context is smaller and memory allows; whether it grew."""
@@ -470,6 +494,7 @@ class Engine:
         self.context.resume_question(seq_id, answer.question)
         self.counters.cached_tokens += n_done
         self.counters.prompt_tokens += len(answer.tokens) - n_done
+        self.waiting.costs.note_begun(len(answer.tokens), n_done)
         self.running.append(answer)
 
     def _held_by(self, answer: Answer) -> Held:
@@ -529,20 +554,18 @@ class Engine:
         if code == DECODE_OK:
             self._refused_since = None
             self.counters.decodes += 1
-            if not any(part.sequence.writing for part in parts):
-                self.counters.prompt_s += elapsed_s
-                self.conversations.note_reading(sum(part.n_tokens for part in parts), elapsed_s)
-            self._prompts_next = parts[0].sequence.left_at_once == 1
+            self._note_step(parts, elapsed_s)
             for part in parts:
                 part.sequence.n_done += part.n_tokens
             for answer, index in outputs:
+                if not answer.writing:
+                    self._note_first_token(answer)
                 self._choose(answer, index)
             self._recent.append((time.monotonic(), len(outputs)))
             for answer in [a for a in self.running if a.finished]:
                 self.counters.finished += 1
                 self.counters.finished_by[answer.reason or "stop"] += 1
-                with self._lock:
-                    self.waiting.drain.note_end()
+                self.waiting.costs.note_end(answer.n_generated)
                 self._end(answer)
         elif code == DECODE_ABORTED:
             self.memory.make_room(0)
@@ -551,11 +574,32 @@ class Engine:
         else:
             raise EnvironmentProblem(f"llama_decode returned {code}")
 
+    def _note_step(self, parts: Sequence[Part[Answer]], elapsed_s: float) -> None:
+        """What it went into: a token of every answer, or tokens of prompts."""
+        n_tokens = sum(part.n_tokens for part in parts)
+        if parts[0].sequence.left_at_once == 1:
+            self.pace.note_answers(elapsed_s)
+            self.waiting.costs.note_answers(n_tokens, elapsed_s)
+        else:
+            self.pace.note_prompts(n_tokens, elapsed_s, beside=any(answer.writing for answer in self.running))
+            self.waiting.costs.note_prompt(n_tokens, elapsed_s)
+            for part in parts:
+                part.sequence.read_at = self.counters.decodes
+        if not any(part.sequence.writing for part in parts):
+            self.counters.prompt_s += elapsed_s
+            self.conversations.note_reading(n_tokens, elapsed_s)
+
+    def _note_first_token(self, answer: Answer) -> None:
+        n_read = max(EVEN_PIECE_TOKENS, len(answer.request.prompt) - answer.cached_tokens)
+        taken_s = (time.monotonic() - answer.begun_s) / n_read
+        before = self._first_token_s
+        self._first_token_s = taken_s if before is None else before + _FIRST_TOKEN_WEIGHT * (taken_s - before)
+
     def _fitting_parts(self) -> list[Part[Answer]]:
         """What to decode next, after room was made for it; an answer may have been paused for that."""
         while True:
             most = min(self.context.n_batch, self.context.cache.most_at_once())
-            parts = plan(self.running, most, self.settings.chunk_beside, prompts_next=self._prompts_next)
+            parts = plan(self.running, most, self.settings.chunk_beside, self.pace.turn())
             n_tokens, n_running = sum(p.n_tokens for p in parts), len(self.running)
             if self.memory.missing_cells(n_tokens) and self._grow(self.context.cache.used_cells + n_tokens):
                 continue
@@ -577,7 +621,7 @@ class Engine:
         answer.pauses += 1
         self.counters.pauses += 1
         self._paused[answer.request] = answer
-        answer.request.deadline_s = math.inf  # it was begun in time
+        answer.request.begin_by_s = math.inf  # it was begun in time
         with self._lock:
             self.waiting.put_back(answer.request)
         if is_whole:
@@ -669,6 +713,29 @@ class Engine:
         likeliest = np.argpartition(chances, -n_top)[-n_top:] if n_top else np.empty(0, dtype=np.intp)
         ordered = likeliest[np.argsort(-chances[likeliest], kind="stable")]
         return Chosen(chance(token), tuple(chance(int(each)) for each in ordered))
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    def _places(self) -> Places:
+        """What is begun; any thread may ask."""
+        costs, running = self.waiting.costs, tuple(self.running)
+        work_s = sum(
+            costs.rest_s(max(0, a.left - 1), costs.left_to_write(a.n_generated, a.request.max_tokens)) for a in running
+        )
+        return Places(len(running), self.settings.parallel, work_s)
+
+    def _load(self) -> Load:
+        """How busy the engine and the machine are."""
+        return Load(
+            time_s=time.monotonic(),
+            running=len(self.running),
+            parallel=self.settings.parallel,
+            waiting=len(self.waiting),
+            longest_wait_s=self.waiting.longest_wait_s(),
+            token_s=self.pace.token_s if any(answer.writing for answer in self.running) else None,
+            first_token_s=self._first_token_s,
+            pressure=self._pressure(),
+        )
 
     # -- memory --------------------------------------------------------------------------------------------------
 

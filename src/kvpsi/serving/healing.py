@@ -72,8 +72,8 @@ class Healing:
 
     def _read(self, held: Held) -> None:
         cache = self._context.cache
-        most = min(self._most_tokens, self._context.n_batch, cache.most_at_once())
-        piece = held.lost[: piece_of(len(held.lost), most)]
+        most = min(self._context.n_batch, cache.most_at_once())
+        piece = held.lost[: piece_of(len(held.lost), min(self._most_tokens, most), most)]
         began = time.monotonic()
         self._batch.clear()
         self._batch.add(held.seq_id, len(held.tokens), piece, output=False)

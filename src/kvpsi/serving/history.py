@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvpsi.governor import Decision
+from kvpsi.governor.threads import ThreadDecision
 from kvpsi.instrument import Instrument
 from kvpsi.kv import Trim
 from kvpsi.kv.tracker import Release
@@ -28,6 +29,8 @@ _SHOWN = (
     "tokens_per_second",
     "running",
     "waiting",
+    "concurrency_limit",
+    "threads",
 )
 
 
@@ -61,6 +64,8 @@ def _sentence(name: str, value: Any) -> str | None:
     if name == "decision" and isinstance(value, Decision):
         given = f": gives {format_bytes(value.give_bytes)}" if value.give_bytes else ""
         return f"{value.reason}{given}"
+    if name == "threads" and isinstance(value, ThreadDecision):
+        return f"{value.n_threads} threads compute: {value.reason}"
     if name == "trim" and isinstance(value, Trim):
         return f"forgot {value.freed_cells} tokens, {format_bytes(value.release.returned_bytes)} went back"
     if name == "release" and isinstance(value, Release) and value.returned_bytes:

@@ -65,6 +65,12 @@ class StatusCollector(Collector):
         for rung, n_bytes in s.given_bytes.items():
             given.add_metric([rung], n_bytes)
         yield given
+        rejected = CounterMetricFamily(
+            "kvpsi_requests_rejected", "Requests whose client was told to come again, by why.", labels=["reason"]
+        )
+        for reason, n_requests in s.rejected.items():
+            rejected.add_metric([reason], n_requests)
+        yield rejected
         for name, text, value in _gauges(s):
             yield self._labelled(GaugeMetricFamily(name, text), s, value)
 
@@ -83,7 +89,6 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_requests_finished", "Answers that came to their end.", s.finished
     yield "kvpsi_requests_failed", "Requests that ended with an error after they were taken.", s.failed
     yield "kvpsi_requests_cancelled", "Requests whose client went away.", s.cancelled
-    yield "kvpsi_requests_rejected", "Requests that were not taken, as too many waited.", s.rejected
     yield "kvpsi_releases", "How often cache memory went back to the system.", s.releases
     yield "kvpsi_trims", "How often tokens of live conversations were forgotten.", s.trims
     yield "kvpsi_interrupts", "How often a running decode was stopped to make room.", s.interrupts
@@ -122,4 +127,8 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
     yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
     yield "kvpsi_cpu_pressure", "Share of the last tick in which something waited for a processor.", s.cpu_pressure
+    yield "kvpsi_io_pressure", "Share of the last tick in which something waited for a disk.", s.io_pressure
+    yield "kvpsi_threads", "Threads that compute.", s.threads
+    yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
+    yield "kvpsi_promised_requests", "Requests that were told when to come again, and have not come yet.", s.promises
     yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)

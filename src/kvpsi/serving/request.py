@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from kvpsi.admission.queue import USUAL_URGENCY
 from kvpsi.errors import KvpsiError
 from kvpsi.serving.sampling import SamplingSettings
 
@@ -75,7 +76,10 @@ class Request:
         top_logprobs: how many likely tokens to tell in place of each, None: no probabilities at all.
         ignore_eos: whether to go on after the model has ended its answer.
         pin: a name for the conversation, so that it is kept longer.
-        deadline_s: CLOCK_MONOTONIC time after which it is not begun any more.
+        urgency: 0 to 7, 0 the most urgent.
+        flow: whose it is, for fairness between those who are as urgent.
+        begin_by_s: CLOCK_MONOTONIC time after which it is not begun any more.
+        wanted_by_s: the same of its end: it is turned away if that cannot be.
     """
 
     prompt: Sequence[int]
@@ -86,7 +90,20 @@ class Request:
     top_logprobs: int | None = None
     ignore_eos: bool = False
     pin: str | None = None
-    deadline_s: float = float("inf")
+    urgency: int = USUAL_URGENCY
+    flow: str = ""
+    begin_by_s: float = float("inf")
+    wanted_by_s: float = float("inf")
     number: int = field(default_factory=lambda: next(_numbers))
     arrived_s: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """The same when the same client asks the same again."""
+        return self.flow, tuple(self.prompt), self.max_tokens, self.stop

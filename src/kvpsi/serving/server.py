@@ -220,8 +220,8 @@ class Server:
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())
                 service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
-            if s.adapt_threads:
-                service.govern_cpu(ThreadSettings(most_threads=s.load.n_threads), self._instrument)
+            threads = ThreadSettings(most_threads=s.load.n_threads)
+            service.govern_cpu(threads, self._instrument, adapts=s.adapt_threads)
             service.latencies = Latencies(self._registry, name.alias)
             self._registry.register(StatusCollector(service.status))
             app.state.service = service

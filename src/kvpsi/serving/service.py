@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvpsi.admission import Pressure
 from kvpsi.errors import KvpsiError
 from kvpsi.governor import Governor
 from kvpsi.governor.cpu import CpuGovernor
@@ -75,8 +77,8 @@ class Service:
         self._queue_timeout_s = queue_timeout_s
         self._loop = asyncio.get_running_loop()
         self.room = SensedHeadroom()
-        self.latencies: Latencies | None = None
         self.cpu_governor: CpuGovernor | None = None
+        self.latencies: Latencies | None = None
         self.events = events or Events()
         self.engine = Engine(
             context,
@@ -88,6 +90,7 @@ class Service:
             thread=thread,
             spill=spill,
             is_tight=self.room.is_tight,
+            pressure=self.pressure,
         )
         try:
             self.history = History(self.status)
@@ -110,9 +113,24 @@ class Service:
         self.room.governor = Governor(self.engine.memory, source, **options)
         self.room.governor.start()
 
-    def govern_cpu(self, settings: ThreadSettings | None = None, instrument: Instrument | None = None) -> None:
-        """Compute with as many threads as the processors have room for."""
-        self.cpu_governor = CpuGovernor(self.engine, settings=settings, instrument=instrument).start()
+    def govern_cpu(
+        self, settings: ThreadSettings | None = None, instrument: Instrument | None = None, *, adapts: bool = True
+    ) -> None:
+        """Watch the processors, and compute with as many threads as they have room for if it ``adapts``."""
+        engine = self.engine if adapts else None
+        self.cpu_governor = CpuGovernor(engine, settings=settings, instrument=instrument).start()
+
+    def pressure(self) -> Pressure:
+        """What the kernel said last of processors, memory and disks; from any thread."""
+        reading = self.governor.reading if self.governor else None
+        looked = self.cpu_governor.reading if self.cpu_governor else None
+        cpu = looked.stall if looked else None
+        return Pressure(
+            cpu_stall=cpu.some.share if cpu else 0.0,
+            cpu_avg10=cpu.some.avg10 if cpu else 0.0,
+            memory_stall=reading.memory.some.share if reading else 0.0,
+            io_stall=reading.io.some.share if reading else 0.0,
+        )
 
     @property
     def governor(self) -> Governor | None:
@@ -125,6 +143,8 @@ class Service:
         sizes, counters = engine.memory.status(), engine.counters
         reading = governor.reading if governor else None
         decision = governor.decision if governor else None
+        pressure, threads = self.pressure(), self.cpu_governor.decision if self.cpu_governor else None
+        verdict = engine.waiting.verdict
         return Status(
             model=self.name.alias,
             running=len(engine.running),
@@ -148,7 +168,13 @@ class Service:
             headroom_bytes=reading.headroom.available_bytes if reading else 0,
             memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
             memory_pressure=reading.memory.some.share if reading else 0.0,
-            cpu_pressure=reading.cpu.some.share if reading else 0.0,
+            cpu_pressure=pressure.cpu_stall,
+            io_pressure=pressure.io_stall,
+            threads=cache.n_threads or self.context.n_threads,
+            threads_reason=threads.reason if threads else "not governed",
+            concurrency_limit=min(engine.settings.parallel, verdict.limit) if verdict else engine.settings.parallel,
+            admission=engine.waiting.policy.name,
+            admission_reason=verdict.reason if verdict else "",
             stall_s=governor.stall_s if governor else 0.0,
             releases=cache.releases,
             trims=cache.trims,
@@ -169,7 +195,8 @@ class Service:
             finished_by=dict(counters.finished_by),
             failed=counters.failed,
             cancelled=counters.cancelled,
-            rejected=counters.rejected,
+            rejected=dataclasses.asdict(engine.waiting.turned),
+            promises=engine.waiting.n_promises,
             pauses=counters.pauses,
             governed=governor is not None and cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
@@ -207,7 +234,7 @@ class Service:
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
         request.listener = events.put_nowait
-        request.deadline_s = time.monotonic() + self._queue_timeout_s
+        request.begin_by_s = min(time.monotonic() + self._queue_timeout_s, request.wanted_by_s)
         self.engine.submit(request)
         ended = False
         last_s = None

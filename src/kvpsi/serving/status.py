@@ -36,6 +36,12 @@ class Status:
     memory_limit_bytes: int
     memory_pressure: float
     cpu_pressure: float
+    io_pressure: float
+    threads: int
+    threads_reason: str
+    concurrency_limit: int
+    admission: str
+    admission_reason: str
     stall_s: float
     releases: int
     trims: int
@@ -56,7 +62,8 @@ class Status:
     finished_by: dict[str, int]
     failed: int
     cancelled: int
-    rejected: int
+    rejected: dict[str, int]
+    promises: int
     pauses: int
     governed: bool
     reason: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from fastapi import Request as HttpRequest
 
 from kvpsi.errors import UsageError
 from kvpsi.serving.api.errors import ApiError
+from kvpsi.serving.api.headers import flow_of, urgency_of, wait_s_of
 from kvpsi.serving.api.schema import ChatRequest, CompletionRequest
 from kvpsi.serving.api.stream import merged
 from kvpsi.serving.request import Chosen, Finished, Request, Text, TokenChance
@@ -61,6 +63,7 @@ def engine_request(
         sampling = body.sampling(service.context.n_vocab, choice, grammar)
     except UsageError as error:
         raise ApiError(400, str(error), param="logit_bias") from error
+    wait_s, now_s = wait_s_of(http), time.monotonic()
     return Request(
         prompt=prompt,
         listener=lambda _: None,
@@ -70,6 +73,9 @@ def engine_request(
         top_logprobs=top_logprobs,
         ignore_eos=bool(body.ignore_eos),
         pin=http.headers.get("x-session-id") or body.user,
+        urgency=urgency_of(http),
+        flow=flow_of(http),
+        wanted_by_s=math.inf if wait_s is None else now_s + wait_s,
     )
 
 

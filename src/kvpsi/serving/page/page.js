@@ -54,6 +54,8 @@ function show(status, series, events) {
   byId("parts").textContent = `memory of conversations (cache ${size(cache)}, saved ${size(saved)})`;
   byId("speed").textContent = status.tokens_per_second.toFixed(1);
   byId("requests").textContent = `${status.running} / ${status.waiting}`;
+  byId("threads").textContent = `${status.threads} / ${status.concurrency_limit}`;
+  byId("threads").parentElement.title = `${status.threads_reason}; ${status.admission_reason}`;
   byId("sessions").textContent = `${status.sessions - parked} (${size(saved)})`;
   const files = parked ? `, parked ${parked} (${size(status.parked_bytes)} on disk)` : "";
   byId("parked").textContent = `saved conversations${files}`;
@@ -69,7 +71,10 @@ function show(status, series, events) {
   ]);
   draw("chart-headroom", [line("headroom", x, scaled("headroom_bytes", 1 / MIB))]);
   draw("chart-speed", [line("tokens a second", x, series.tokens_per_second)]);
-  draw("chart-requests", [line("answering", x, series.running), line("waiting", x, series.waiting)]);
+  draw("chart-requests", [
+    line("answering", x, series.running), line("waiting", x, series.waiting),
+    line("limit", x, series.concurrency_limit), line("threads", x, series.threads),
+  ]);
   byId("events").replaceChildren(...events.slice().reverse().map((event) => {
     const item = document.createElement("li"), when = document.createElement("time");
     when.textContent = new Date(1000 * event.time_s).toLocaleTimeString("en-GB");

@@ -1,0 +1,268 @@
+"""Who may begin, who waits, and who is told to come again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from kvpsi.admission.costs import Costs
+from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Load, Verdict
+from kvpsi.admission.promises import Promises
+from kvpsi.admission.queue import FairQueue
+from kvpsi.errors import KvpsiError
+
+_LEAST_RETRY_S = 1.0
+_MARGIN = 1.5
+_LOOK_S = 0.05
+
+
+class QueueFullError(KvpsiError):
+    """There is no place for one more. ``retry_after_s`` is when there should be one, as things go now."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"Too many requests are waiting; try again in {math.ceil(retry_after_s)} s.")
+        self.retry_after_s = retry_after_s
+
+
+class TooLateError(KvpsiError):
+    """It would not be answered before its deadline. ``retry_after_s`` is when it should be, as things go now."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(
+            f"The answer would come too late, as others wait before it; try again in {math.ceil(retry_after_s)} s, or "
+            "allow more time."
+        )
+        self.retry_after_s = retry_after_s
+
+
+class Asks(Protocol):
+    """What asks to be admitted.
+
+    Attributes:
+        urgency, flow, begin_by_s: as for `kvpsi.admission.queue.FairQueue`.
+        arrived_s: when it came.
+        wanted_by_s: clock time at which its answer is worth nothing any more.
+        n_prompt: tokens of its prompt.
+        max_tokens: the most of its answer.
+        fingerprint: the same when the same client asks the same again.
+    """
+
+    @property
+    def urgency(self) -> int: ...
+    @property
+    def flow(self) -> str: ...
+    @property
+    def begin_by_s(self) -> float: ...
+    @property
+    def arrived_s(self) -> float: ...
+    @property
+    def wanted_by_s(self) -> float: ...
+    @property
+    def n_prompt(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def fingerprint(self) -> Hashable: ...
+
+
+T = TypeVar("T", bound=Asks)
+
+
+@dataclass(slots=True)
+class Turned:
+    """How many were told to come again: the queue was ``full``, it would have been or was too ``late``, or a more
+    urgent one took their place (``displaced``)."""
+
+    full: int = 0
+    late: int = 0
+    displaced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What is begun: ``running`` of ``parallel`` places are taken, and ``work_s`` seconds of work are left in them."""
+
+    running: int
+    parallel: int
+    work_s: float
+
+
+class Admission(Generic[T]):
+    """The queue, the limit and the promises, for one engine. Not thread-safe.
+
+    Args:
+        most_waiting: requests that may wait.
+        policy: how many are answered at once.
+        clock: seconds.
+        places: what is begun.
+        load: what the policy is to see.
+
+    Attributes:
+        costs: to be told what requests took.
+        turned: counts who was told to come again.
+        verdict: of the policy, the last one.
+    """
+
+    def __init__(
+        self,
+        most_waiting: int,
+        policy: AdmissionPolicy | None,
+        clock: Callable[[], float],
+        places: Callable[[], Places],
+        load: Callable[[], Load],
+    ) -> None:
+        self.most = most_waiting
+        self.policy: AdmissionPolicy = policy or Adaptive()
+        self.costs = Costs()
+        self.turned = Turned()
+        self.verdict: Verdict | None = None
+        self._clock, self._places, self._load = clock, places, load
+        self._queue: FairQueue[T] = FairQueue()
+        self._promises = Promises()
+        self._state: Any = None
+        self._looked_s = -math.inf
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __contains__(self, request: T) -> bool:
+        return request in self._queue
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._queue)
+
+    @property
+    def n_promises(self) -> int:
+        """Requests that were told when to come again, and have not come yet."""
+        return len(self._promises)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one would be turned away."""
+        return len(self._queue) >= self.most
+
+    # -- coming --------------------------------------------------------------------------------------------------
+
+    def offer(self, request: T) -> T | None:
+        """Let one wait; the one that has to give way to it, if the queue is full and that is less urgent.
+
+        Raises:
+            QueueFullError: there is no place for it.
+            TooLateError: it would not be answered in time.
+        """
+        now_s = self._clock()
+        self._promises.expire(now_s)
+        work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
+        key = hash(request.fingerprint) if len(self._promises) or self._is_scarce(now_s, request, work_s) else 0
+        expected = len(self._promises) > 0 and self._promises.take_up(key, now_s)
+        if not expected and self._is_scarce(now_s, request, work_s):
+            self.turned.late += 1
+            raise TooLateError(self._promise(key, now_s, request, work_s))
+        # places that were promised are there beside those of the queue
+        if len(self._queue) >= self.most * (2 if expected else 1):
+            return self._displace(request, key, now_s, work_s)
+        self._queue.put(request, work_s, at_once=expected)
+        return None
+
+    def _displace(self, request: T, key: int, now_s: float, work_s: float) -> T:
+        """Put it in the place of the last one, if it comes before that."""
+        last = self._queue.last()
+        entry = self._queue.put(request, work_s)
+        if last is None or entry.key >= last.key or last.key[0] < 0:
+            self._queue.discard(request)
+            self.turned.full += 1
+            raise QueueFullError(self._promise(key or hash(request.fingerprint), now_s, request, work_s))
+        self._queue.discard(last.request)
+        self.turned.displaced += 1
+        return last.request
+
+    def _wait_s(self, request: T, places: Places) -> float:
+        """Until it could begin: what waits before it, and half of what is begun, as places become free one by one."""
+        if not len(self._queue) and places.running < self._limit(places):
+            return 0.0
+        return self._queue.work_s(request.urgency) + places.work_s / 2
+
+    def _is_scarce(self, now_s: float, request: T, work_s: float) -> bool:
+        """Whether it would wait longer than it may."""
+        if not self.policy.foresees:
+            return False
+        places = self._places()
+        wait_s = self._wait_s(request, places)
+        if wait_s == 0:
+            return False
+        allowed_s = self._allowed_s(now_s, request, work_s, places)
+        if wait_s > allowed_s:
+            return True
+        # who was told to come again goes first, but nobody is turned away for them while there is little to do
+        return wait_s > allowed_s / 4 and wait_s + self._promises.work_s > allowed_s
+
+    def _allowed_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
+        """How long it may wait for its begin, with a margin as nobody knows how long answers get."""
+        at_once = min(self._limit(places), places.running + len(self._queue) + 1)
+        until_end_s = (request.wanted_by_s - now_s) / _MARGIN - work_s * at_once
+        return max(0.0, min(until_end_s, (request.begin_by_s - now_s) / _MARGIN))
+
+    def _limit(self, places: Places) -> int:
+        return places.parallel if self.verdict is None else max(1, self.verdict.limit)
+
+    def _promise(self, key: int, now_s: float, request: T, work_s: float) -> float:
+        """After how many seconds there will be a place for it, which is kept."""
+        due_s = self._promises.due_s(key)
+        if due_s is not None and due_s > now_s:
+            return due_s - now_s
+        places = self._places()
+        backlog_s = self._wait_s(request, places) + self._promises.work_s
+        allowed_s = self._allowed_s(now_s, request, work_s, places)
+        room_s = min(allowed_s, self._queue.work_s()) if self.policy.foresees else self._queue.work_s()
+        wait_s = max(_LEAST_RETRY_S, work_s, backlog_s - room_s / 2)
+        if self.policy.foresees:
+            self._promises.make(key, now_s + wait_s, work_s)
+        return wait_s
+
+    # -- beginning -----------------------------------------------------------------------------------------------
+
+    def limit(self) -> int:
+        """How many answers may be begun now, as the policy decides from time to time."""
+        now_s = self._clock()
+        if self.verdict is None or now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            self.verdict, self._state = self.policy.decide(self._load(), self._state)
+        return self.verdict.limit
+
+    def longest_wait_s(self) -> float:
+        """For how long the one that is to begin next has been waiting."""
+        first = self._queue.first_ones(1)
+        return self._clock() - first[0].arrived_s if first else 0.0
+
+    def first_ones(self, count: int) -> list[T]:
+        """So many that are to begin next, in their order."""
+        return self._queue.first_ones(count)
+
+    def take(self, request: T) -> bool:
+        """Take out one that begins; whether it was there."""
+        return self._queue.take(request)
+
+    def discard(self, request: T) -> bool:
+        """Take out one that is not wanted any more; whether it was there."""
+        return self._queue.discard(request)
+
+    def put_back(self, request: T) -> None:
+        """Let one that had begun wait again, before all others."""
+        self._queue.put_back(request, self.costs.work_s(request.n_prompt, request.max_tokens))
+
+    def overdue(self) -> list[tuple[T, float]]:
+        """Take out those that were not begun in time, and after how many seconds they may come again."""
+        now_s = self._clock()
+        found = []
+        for request in self._queue.overdue(now_s):
+            work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
+            self.turned.late += 1
+            found.append((request, self._promise(hash(request.fingerprint), now_s, request, work_s)))
+        return found
+
+    def retry_after_s(self, request: T) -> float:
+        """What one that had to give way is to be told."""
+        work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
+        return self._promise(hash(request.fingerprint), self._clock(), request, work_s)

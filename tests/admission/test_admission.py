@@ -1,0 +1,195 @@
+"""Who is let in, who is turned away, and whether it was worth coming again."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvpsi.admission import Admission, Load, Places, QueueFullError, TooLateError
+from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Static
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass(eq=False)
+class Asked:
+    name: str = ""
+    urgency: int = 3
+    flow: str = ""
+    arrived_s: float = 0.0
+    begin_by_s: float = math.inf
+    wanted_by_s: float = math.inf
+    n_prompt: int = 0
+    max_tokens: int = 100
+    left_s: float = field(default=0.0, compare=False)
+
+    @property
+    def fingerprint(self) -> Hashable:
+        return self.flow, self.name
+
+
+class Engine:
+    """Answers ``parallel`` at once, each as fast as its share of one second of work a second."""
+
+    def __init__(self, parallel: int = 4, most: int = 8, policy: AdmissionPolicy | None = None) -> None:
+        self.clock = Clock()
+        self.parallel = parallel
+        self.running: list[Asked] = []
+        self.finished: list[tuple[Asked, float]] = []
+        self.admission: Admission[Asked] = Admission(
+            most, policy or Adaptive(), self.clock, lambda: self.places, lambda: self.load
+        )
+        self.admission.costs.note_answers(100, 1.0)  # 100 tokens a second, all answers together
+        for _ in range(100):
+            self.admission.costs.note_end(100)
+
+    @property
+    def places(self) -> Places:
+        return Places(len(self.running), self.parallel, sum(asked.left_s for asked in self.running))
+
+    @property
+    def load(self) -> Load:
+        return Load(self.clock.now_s, len(self.running), self.parallel, len(self.admission))
+
+    def ask(self, **what: object) -> Asked:
+        asked = Asked(arrived_s=self.clock.now_s, left_s=1.0, **what)  # type: ignore[arg-type]
+        self.admission.offer(asked)
+        return asked
+
+    def go_on(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.01)):
+            self.clock.now_s += 0.01
+            for asked, _ in self.admission.overdue():
+                asked.name += " overdue"
+            while len(self.running) < min(self.parallel, self.admission.limit()) and len(self.admission):
+                first = self.admission.first_ones(1)[0]
+                self.admission.take(first)
+                self.running.append(first)
+            for asked in list(self.running):
+                asked.left_s -= 0.01 / len(self.running)
+                if asked.left_s <= 0:
+                    self.running.remove(asked)
+                    self.finished.append((asked, self.clock.now_s))
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
+    engine = Engine(most=3)
+    for _ in range(4):
+        engine.ask()
+        engine.go_on(0.02)
+    for _ in range(3):
+        engine.ask()
+    assert engine.admission.is_full
+    with pytest.raises(QueueFullError, match="try again in") as caught:
+        engine.ask()
+    assert 1 <= caught.value.retry_after_s < 10
+    assert engine.admission.turned.full == 1
+
+
+def test_the_more_urgent_takes_the_place_of_the_last_one() -> None:
+    engine = Engine(most=2)
+    first, second = Asked(), Asked(urgency=6)
+    assert engine.admission.offer(first) is None and engine.admission.offer(second) is None
+    with pytest.raises(QueueFullError):
+        engine.admission.offer(Asked(urgency=7))
+    assert engine.admission.offer(Asked(urgency=0)) is second
+    assert engine.admission.retry_after_s(second) >= 1
+    assert len(engine.admission) == 2 and engine.admission.turned.displaced == 1
+
+
+def test_one_that_fills_the_queue_has_to_give_way_to_others() -> None:
+    engine = Engine(most=4)
+    greedy = [Asked(flow="greedy") for _ in range(4)]
+    for asked in greedy:
+        engine.admission.offer(asked)
+    assert engine.admission.offer(Asked(flow="modest")) is greedy[3]
+    with pytest.raises(QueueFullError):
+        engine.admission.offer(Asked(flow="greedy"))
+
+
+def test_what_cannot_be_answered_in_time_is_turned_away_at_once() -> None:
+    engine = Engine(most=100)
+    for _ in range(20):
+        engine.ask()
+        engine.go_on(0.01)
+    with pytest.raises(TooLateError, match="too late") as caught:
+        engine.ask(wanted_by_s=engine.clock.now_s + 10)
+    assert caught.value.retry_after_s >= 5
+    engine.ask(wanted_by_s=engine.clock.now_s + 60)
+    plain = Engine(most=100, policy=Static())
+    for _ in range(20):
+        plain.ask()
+        plain.go_on(0.01)
+    plain.ask(wanted_by_s=plain.clock.now_s + 10)  # a policy that does not foresee takes it
+
+
+def test_an_idle_engine_turns_nobody_away() -> None:
+    engine = Engine()
+    engine.ask(wanted_by_s=engine.clock.now_s + 0.1)
+    assert engine.admission.turned.late == 0
+
+
+def test_who_waited_too_long_is_told() -> None:
+    engine = Engine(parallel=1, policy=Static())
+    engine.ask(name="long")
+    late = engine.ask(name="late", begin_by_s=engine.clock.now_s + 0.5)
+    engine.go_on(0.6)
+    assert late.name == "late overdue"
+
+
+def test_who_comes_again_when_told_gets_in_and_before_others() -> None:
+    engine = Engine(most=4)
+    for _ in range(8):
+        engine.ask()
+        engine.go_on(0.01)
+    with pytest.raises(QueueFullError) as caught:
+        engine.ask(name="again")
+    with pytest.raises(QueueFullError) as sooner:
+        engine.ask(name="again")
+    assert sooner.value.retry_after_s == pytest.approx(caught.value.retry_after_s), "it is not told to wait longer"
+    engine.go_on(caught.value.retry_after_s)
+    while not engine.admission.is_full:
+        engine.ask(name="newcomer")
+    again = engine.ask(name="again")
+    assert engine.admission.first_ones(1) == [again]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_twice_the_load_is_answered_at_full_speed_and_promises_are_kept(seed: int) -> None:
+    rng = random.Random(seed)
+    engine, deadline_s = Engine(parallel=4, most=64), 20.0
+    events = [(t, number) for number, t in enumerate(sorted(rng.uniform(0, 60) for _ in range(120)))]
+    heapq.heapify(events)
+    began, tries, good, honoured, kept, longest = engine.clock.now_s, {}, 0, 0, 0, 0  # type: ignore[var-annotated]
+    sent: dict[int, Asked] = {}
+    while engine.clock.now_s < began + 150:
+        while events and began + events[0][0] <= engine.clock.now_s:
+            _, number = heapq.heappop(events)
+            again = number in tries
+            tries[number] = tries.get(number, 0) + 1
+            honoured += again
+            try:
+                sent[number] = engine.ask(name=str(number), wanted_by_s=engine.clock.now_s + deadline_s)
+                kept += again
+            except (QueueFullError, TooLateError) as error:
+                if not again:
+                    heapq.heappush(events, (engine.clock.now_s - began + error.retry_after_s, number))
+        longest = max(longest, len(engine.admission))
+        engine.go_on(0.05)
+    good = sum(ended <= asked.arrived_s + deadline_s for asked, ended in engine.finished)
+    in_time = sum(ended <= asked.arrived_s + deadline_s for asked, ended in engine.finished if ended <= began + 60)
+    assert longest <= 64
+    assert in_time >= 0.9 * 60, "goodput while twice as many come as can be answered"
+    assert honoured >= 20 and kept >= 0.8 * honoured
+    assert good >= 0.9 * len(engine.finished)

@@ -1,0 +1,66 @@
+"""How often prompts are read beside answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpsi.serving.pace import Pace
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, Turn
+
+ANSWER_S, PIECE_S = 0.010, 0.200
+
+
+def play(pace: Pace, steps: int, *, long: bool) -> list[str]:
+    """What is decoded, one after the other, while somebody writes and a prompt without end is there."""
+    done = []
+    for _ in range(steps):
+        turn = pace.turn()
+        if turn is Turn.PROMPTS or (turn is Turn.SHORT_PROMPTS and not long):
+            pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
+            done.append("prompt")
+        else:
+            pace.note_answers(ANSWER_S)
+            done.append("answer")
+    return done
+
+
+@pytest.mark.parametrize("stretch", [1.25, 1.5, 2.0])
+def test_prompts_get_their_share_of_the_time_and_no_more(stretch: float) -> None:
+    done = play(Pace(stretch), 20_000, long=False)
+    prompts = done.count("prompt")
+    share = prompts * PIECE_S / (len(done) - prompts) / ANSWER_S
+    assert share == pytest.approx(stretch - 1, rel=0.05)
+
+
+def test_pieces_of_a_long_prompt_keep_their_distance() -> None:
+    done = play(Pace(100.0), 5000, long=True)
+    gaps = "".join("p" if each == "prompt" else "a" for each in done).split("p")
+    assert min(map(len, gaps[1:-1])) >= 24, "so 95 of 100 tokens come at the usual pace"
+
+
+def test_the_first_prompt_beside_answers_is_read_at_once() -> None:
+    pace = Pace(1.5)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=False)
+    pace.note_answers(ANSWER_S)
+    assert pace.turn() is Turn.PROMPTS
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
+    for _ in range(20):
+        pace.note_answers(ANSWER_S)
+        assert pace.turn() is Turn.ANSWERS
+
+
+def test_without_a_pace_the_two_take_turns() -> None:
+    done = play(Pace(0), 100, long=True)
+    assert done.count("prompt") == 50
+
+
+def test_the_time_for_a_token_follows() -> None:
+    pace = Pace(1.5)
+    assert pace.token_s is None
+    for _ in range(300):
+        pace.note_answers(0.01)
+    assert pace.token_s == pytest.approx(0.01)
+    for _ in range(60):
+        pace.note_answers(0.1)
+    assert pace.token_s == pytest.approx(0.1, rel=0.05)
