@@ -192,7 +192,7 @@ def test_limits_are_written_as_version_2_wants_them(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "mkdir", mkdir)
-        cgroups.make(600 * MIB, swap=False, cpus=0.5)
+        cgroups.make(600 * MIB, swap="none", cpus=0.5)
     found = {file.name: file.read_text() for file in cgroups.memory.iterdir()}
     assert found == {
         "memory.max": "629145600",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from kvpsi.admission import QueueFullError, TooLateError
+from kvpsi.admission.policies import Static
 from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import KvpsiError, PromptTooLongError
 from kvpsi.kv import CacheSettings
@@ -20,7 +23,6 @@ from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, Wait
 from kvpsi.serving.request import Chosen, Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings
 from kvpsi.serving.step import EVEN_PIECE_TOKENS
-from kvpsi.serving.waiting import QueueFullError
 
 pytestmark = pytest.mark.engine
 GREEDY = SamplingSettings(temperature=0.0)
@@ -244,18 +246,41 @@ def test_too_many_too_long_and_too_late(context: ServedContext) -> None:
         with pytest.raises(PromptTooLongError):
             ask(engine, [1] * context.n_ctx)
         busy = ask(engine, STORY, max_tokens=200)
-        assert isinstance(busy.events.get(timeout=60), Text)
-        late = ask(engine, "Too late", deadline_s=0.0)
+        for _ in range(5):
+            assert isinstance(busy.events.get(timeout=60), Text)
+        with pytest.raises(TooLateError):
+            ask(engine, "Too late", wanted_by_s=time.monotonic() + 0.01)
         with contextlib.suppress(QueueFullError):
             for _ in range(3):
                 ask(engine, "Too many", max_tokens=1)
             pytest.fail("the queue has no end")
-        _, failed = late.result()
-        assert isinstance(failed, Failed) and isinstance(failed.error, WaitedTooLongError)
     _, failed = busy.result()
     assert isinstance(failed, Failed) and isinstance(failed.error, ShuttingDownError)
     with pytest.raises(ShuttingDownError):
         ask(engine, "Closed")
+    context.cache.clear()
+
+
+def test_whoever_waited_too_long_is_told(context: ServedContext) -> None:
+    with running(context, parallel=1, admission=Static()) as engine:
+        busy = ask(engine, STORY, max_tokens=200)
+        assert isinstance(busy.events.get(timeout=60), Text)
+        _, failed = ask(engine, "Too late", begin_by_s=time.monotonic() + 0.1).result()
+        assert isinstance(failed, Failed) and isinstance(failed.error, WaitedTooLongError)
+        assert failed.error.retry_after_s >= 1
+    context.cache.clear()
+
+
+def test_the_more_urgent_is_answered_first_and_may_take_a_place(context: ServedContext) -> None:
+    with running(context, parallel=1, most_waiting=2, admission=Static()) as engine:
+        busy = ask(engine, STORY, max_tokens=30)
+        assert isinstance(busy.events.get(timeout=60), Text)
+        usual, low = ask(engine, "One", max_tokens=1), ask(engine, "Two", max_tokens=1, urgency=6)
+        urgent = ask(engine, "Three", max_tokens=1, urgency=0)
+        _, failed = low.result()
+        assert isinstance(failed, Failed) and isinstance(failed.error, QueueFullError)
+        assert urgent.finished()[1].queued_s < usual.finished()[1].queued_s
+        assert engine.waiting.turned.displaced == 1
     context.cache.clear()
 
 

@@ -28,9 +28,9 @@ def context(default_model: Path) -> Iterator[ServedContext]:
         yield context
 
 
-def engine_with(context: ServedContext, folder: Path | None) -> Engine:
+def engine_with(context: ServedContext, folder: Path | None, **options: Any) -> Engine:
     spill = SpillFolder(folder, most_bytes=1 << 30, fingerprint=b"test") if folder else None
-    return Engine(context, EngineSettings(parallel=3), spill=spill, free_bytes=lambda: 1 << 30)
+    return Engine(context, EngineSettings(parallel=3, **options), spill=spill, free_bytes=lambda: 1 << 30)
 
 
 def chances(asked: Asked, *, most: int = 1 << 30) -> list[tuple[int, float]]:
@@ -78,7 +78,7 @@ def test_nothing_changes_by_a_pause(context: ServedContext, tmp_path: Path, wher
 def test_who_holds_most_is_paused_before_anybody_forgets(default_model: Path, tmp_path: Path) -> None:
     settings = CacheSettings(keep=4, tail=32, turn=0)
     with opened(default_model, 2048, settings=settings) as context:
-        engine = engine_with(context, tmp_path)
+        engine = engine_with(context, tmp_path, stretch=0)
         try:
             first = begin(engine)
             before = chances(first, most=2)

@@ -39,13 +39,20 @@ def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixt
     status = dict.fromkeys((field.name for field in dataclasses.fields(Status)), 0)
     status |= {"capacity_bytes": 360 << 20, "resident_bytes": 3 << 20, "sessions_bytes": 300 << 20}
     status |= {"sessions": 52, "sessions_parked": 3, "parked_bytes": 12 << 20}
-    status |= {"model": "small", "reason": "calm", "parallel": 8}
+    status |= {"model": "small", "reason": "calm", "parallel": 8, "rejected": {"full": 2, "late": 1}}
+    status |= {
+        "threads": 2,
+        "threads_reason": "2 processors may be used",
+        "concurrency_limit": 5,
+        "admission_reason": "calm",
+    }
     history = History()
     history.add(status)
     Console(width=150).print(_screen(status, history))
     shown = capsys.readouterr().out
     assert "303 MiB of 360 MiB" in shown and "49 (300 MiB)" in shown and "3 (12 MiB on disk)" in shown
-    assert "answering 0 of 8" in shown
+    assert "answering 0 of 8" in shown and "3 rejected" in shown and "5 of 8" in shown
+    assert "2 processors may be used" in shown
     Console(width=150).print(_screen({**status, "sessions_parked": 0}, history))
     assert "parked" not in capsys.readouterr().out
 

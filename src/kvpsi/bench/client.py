@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -46,14 +46,47 @@ def said_by(role: str, text: str) -> Message:
     return {"role": role, "content": text}
 
 
-def ask(url: str, messages: Sequence[Message], n_predict: int) -> Asked:
-    """Have a conversation gone on with once, and stream the answer.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One HTTP request, whatever came of it; times in seconds from its beginning.
 
-    Raises:
-        EnvironmentProblem: the server did not answer as it should.
+    Attributes:
+        seconds: to its end.
+        status: of the response, 0 if there was none.
+        text_s: when each piece of the answer came.
+        n_tokens: of the answer, as the server says.
+        retry_after_s: after which it says that one may come again.
+        problem: why there is no whole answer; empty if there is one.
+        cut: whether that is because it was not waited for any longer.
+    """
+
+    seconds: float
+    status: int = 0
+    text_s: tuple[float, ...] = ()
+    n_tokens: int = 0
+    text: str = ""
+    n_cached: int = 0
+    retry_after_s: float | None = None
+    problem: str = ""
+    cut: bool = False
+
+
+def attempt(
+    url: str,
+    messages: Sequence[Message],
+    n_predict: int,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float = _TIMEOUT_S,
+    ended: threading.Event | None = None,
+    **options: object,
+) -> Attempt:
+    """Have a conversation gone on with once, and stream the answer, until it or something else has ``ended``.
+
+    ``options`` go into the body.
     """
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     body = {
         "model": "default",
         "messages": messages,
@@ -61,37 +94,74 @@ def ask(url: str, messages: Sequence[Message], n_predict: int) -> Asked:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **options,
     }
     began = time.monotonic()
-    first_s, n_told, n_cached = 0.0, 0, 0
+    status, n_told, n_cached, problem, cut = 0, 0, 0, "", False
+    retry_after_s: float | None = None
     text: list[str] = []
+    text_s: list[float] = []
     try:
+        connection.connect()
+        channel = connection.sock
         connection.request(
-            "POST", f"{parts.path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+            "POST",
+            f"{parts.path}/chat/completions",
+            json.dumps(body),
+            {"Content-Type": "application/json", **(headers or {})},
         )
         response = connection.getresponse()
-        if response.status != 200:
-            raise EnvironmentProblem(f"{url} answered with {response.status}: {response.read(500)!r}.")
-        for line in response:
+        status = response.status
+        if status != 200:
+            told = response.getheader("retry-after-ms") or "nan"
+            retry_after_s = float(told) / 1000 if told != "nan" else None
+            problem = f"{url} answered with {status}: {response.read(500)!r}."
+        for line in response if status == 200 else ():
+            channel.settimeout(max(0.001, began + timeout_s - time.monotonic()))
+            if ended is not None and ended.is_set():
+                break
             if not line.startswith(b"data: {"):
                 continue
             said = json.loads(line[6:])
             if "error" in said:
-                raise EnvironmentProblem(f"{url} broke off: {said['error']}.")
+                problem = f"{url} broke off: {said['error']}."
+                break
             if usage := said.get("usage"):
                 n_told = usage.get("completion_tokens", n_told)
                 n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             for choice in said["choices"]:
                 if shown := choice["delta"].get("content"):
-                    first_s = first_s or time.monotonic() - began
+                    text_s.append(time.monotonic() - began)
                     text.append(shown)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise EnvironmentProblem(f"{url} broke off ({error!r}).") from error
+        problem, cut = f"{url} broke off ({error!r}).", isinstance(error, TimeoutError)
     finally:
         connection.close()
-    if not text:
-        raise EnvironmentProblem(f"{url} answered without any text.")
-    return Asked(first_s, time.monotonic() - began, n_told or len(text), "".join(text), n_cached)
+    if not text and not problem:
+        problem = f"{url} answered without any text."
+    return Attempt(
+        time.monotonic() - began,
+        status,
+        tuple(text_s),
+        n_told or len(text),
+        "".join(text),
+        n_cached,
+        retry_after_s,
+        problem,
+        cut,
+    )
+
+
+def ask(url: str, messages: Sequence[Message], n_predict: int) -> Asked:
+    """Have a conversation gone on with once.
+
+    Raises:
+        EnvironmentProblem: the server did not answer as it should.
+    """
+    made = attempt(url, messages, n_predict)
+    if made.problem:
+        raise EnvironmentProblem(made.problem)
+    return Asked(made.text_s[0], made.seconds, made.n_tokens, made.text, made.n_cached)
 
 
 def load(url: str, prompts: Sequence[str], n_clients: int, n_predict: int) -> Load:

@@ -16,6 +16,12 @@ def draw(count: int, seed: int, n_sentences: int = 4) -> list[str]:
     return [_prompt(rng, number, n_sentences) for number in range(count)]
 
 
+def draw_varied(count: int, seed: int) -> list[str]:
+    """So many prompts of 40 to 140 tokens, of which none begins like another; the same seed draws the same ones."""
+    rng = random.Random(seed)
+    return [_prompt(rng, number, rng.randint(2, 10)) for number in range(count)]
+
+
 def _prompt(rng: random.Random, number: int, n_sentences: int) -> str:
     sentences = [
         f"Person {rng.randrange(1000)} {rng.choice(_ACTIONS)} the {rng.choice(_ADJECTIVES)} {rng.choice(_SUBJECTS)}."

@@ -38,7 +38,8 @@ _MODULES = {
 class Setting:
     """What all of them get: the model, tokens of context in all, answers at once, and threads.
 
-    ``spill_max`` is kvpsi's own: how much of its conversations may be parked in files.
+    ``spill_max`` and ``options`` are kvpsi's own: how much of its conversations may be parked in files, and more of
+    what `kvpsi serve` takes.
     """
 
     model: Path
@@ -46,6 +47,7 @@ class Setting:
     n_parallel: int
     n_threads: int
     spill_max: str = "4G"
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         LoadSettings(self.n_ctx, self.n_threads)  # complains of what llama.cpp would not take
@@ -139,7 +141,7 @@ def _command(name: Name, s: Setting, port: int) -> list[str]:
     python = [sys.executable, "-m"]
     if name in ("kvpsi", "kvpsi-streams"):
         sizes = ["-c", str(s.n_ctx), "-np", str(s.n_parallel), "-t", str(s.n_threads)]
-        sizes += ["--spill-max", s.spill_max]
+        sizes += ["--spill-max", s.spill_max, *s.options]
         sizes += ["--no-kv-unified"] if name == "kvpsi-streams" else []
         return [*python, "kvpsi", "serve", "-m", str(s.model), "--port", str(port), *sizes]
     if name == "xllamacpp":

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args
 
 from kvpsi.board import zram
 from kvpsi.board.cgroups import BoardCgroups
@@ -22,7 +22,7 @@ from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.pressure.psi import parse_pressure
 from kvpsi.units import format_bytes
 
-SwapKind = Literal["none", "zram"]
+SwapKind = Literal["none", "zram", "shared"]
 _LEAST_BYTES = 16 << 20
 _SYSTEM_PRESSURE = Path("/proc/pressure/memory")
 # Joins the cgroups named before "--" and becomes the command behind it; no other process of ours is on the board.
@@ -34,24 +34,28 @@ class BoardSettings:
     """What the small machine has.
 
     Attributes:
-        memory_bytes: its memory.
-        swap: ``zram`` swaps to compressed memory; half of ``memory_bytes`` fits in before it is compressed. What it
-            then takes is taken off ``memory_bytes``, as on a machine of that size.
+        memory_bytes: its memory; None: as much as there is.
+        swap: ``shared`` is whatever this machine has. ``zram`` swaps to compressed memory; half of ``memory_bytes``
+            fits in before it is compressed. What it then takes is taken off ``memory_bytes``, as on a machine of that
+            size.
         cpus: processors, may be a fraction; None: all that there are.
     """
 
-    memory_bytes: int
+    memory_bytes: int | None
     swap: SwapKind = "none"
     cpus: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory_bytes < _LEAST_BYTES:
+        if self.memory_bytes is None:
+            if self.swap == "zram":
+                raise UsageError("A board with zram needs a size: give it one with --memory.")
+        elif self.memory_bytes < _LEAST_BYTES:
             raise UsageError(
                 f"A board of {format_bytes(self.memory_bytes)} is too small to run anything; "
                 f"give it at least {format_bytes(_LEAST_BYTES)}."
             )
-        if self.swap not in ("none", "zram"):
-            raise UsageError(f"A board has swap none or zram, not {self.swap!r}.")
+        if self.swap not in get_args(SwapKind):
+            raise UsageError(f"A board's swap is one of {', '.join(get_args(SwapKind))}, not {self.swap!r}.")
         if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
             raise UsageError(f"A board cannot have {self.cpus:g} processors; give it between 0.01 and 1024.")
 
@@ -147,17 +151,17 @@ def open_board(settings: BoardSettings) -> Iterator[Board]:
     charge: SwapCharge | None = None
     try:
         device: int | None = None
-        if settings.swap == "zram":
+        if settings.swap == "zram" and settings.memory_bytes is not None:
             device = zram.put_in(settings.memory_bytes // 2, lambda number: janitor.will_undo("zram", number))
         for folder in cgroups.folders:
             janitor.will_undo("cgroup", str(folder))
         try:
-            cgroups.make(settings.memory_bytes, swap=settings.swap == "zram", cpus=settings.cpus)
+            cgroups.make(settings.memory_bytes, swap=settings.swap, cpus=settings.cpus)
         except OSError as error:
             raise EnvironmentProblem(
                 f"No board can be made here ({error}): run as root, with a memory controller."
             ) from error
-        if device is not None:
+        if device is not None and settings.memory_bytes is not None:
             charge = SwapCharge(settings.memory_bytes, partial(zram.used_bytes, device), cgroups.limit_memory)
             charge.start()
         yield board

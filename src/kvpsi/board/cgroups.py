@@ -33,7 +33,7 @@ class BoardCgroups:
         """The one that limits memory."""
         return self.places.memory.path / self.name
 
-    def make(self, memory_bytes: int, *, swap: bool, cpus: float | None) -> None:
+    def make(self, memory_bytes: int | None, *, swap: str, cpus: float | None) -> None:
         """Make the directories and set the limits.
 
         Raises:
@@ -42,12 +42,14 @@ class BoardCgroups:
         for folder in self.folders:
             folder.mkdir()
         version = self.places.memory.version
-        self.limit_memory(memory_bytes)
+        if memory_bytes is not None:
+            self.limit_memory(memory_bytes)
         if version == 1:
             with contextlib.suppress(OSError):  # newer kernels always count what is below
                 _write(self.memory / "memory.use_hierarchy", 1)
-            _write(self.memory / "memory.swappiness", 60 if swap else 0)
-        elif not swap:
+            if swap != "shared":
+                _write(self.memory / "memory.swappiness", 60 if swap == "zram" else 0)
+        elif swap == "none":
             _write(self.memory / "memory.swap.max", 0)
         if cpus is not None and self.places.cpu is not None:
             self._limit_cpus(self.places.cpu, cpus)

@@ -20,6 +20,8 @@ from kvpsi.errors import EnvironmentProblem, UsageError
 if TYPE_CHECKING:
     from kvpsi.serving.server import ServerSettings
 
+_HELD = "KVPSI_HELD_WITHIN_LIMITS"
+
 
 def serve(
     model: Annotated[str, typer.Option("--model", "-m", envvar="KVPSI_MODEL", help="As for `kvpsi pull`.")] = "default",
@@ -39,6 +41,12 @@ def serve(
             help="Fewer while others need the processors.",
         ),
     ] = True,
+    cpus: Annotated[
+        float | None, typer.Option("--cpus", envvar="KVPSI_CPUS", help="Most processors to use: 0.5. Default: all.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", envvar="KVPSI_MEMORY", help="Most memory to use: 4G. Default: all.")
+    ] = None,
     kv_type: Annotated[str, typer.Option("--kv-type", envvar="KVPSI_KV_TYPE", help="f16 or q8_0.")] = "f16",
     api_key: Annotated[
         list[str] | None, typer.Option("--api-key", help="May be repeated; default: none. Also KVPSI_API_KEY.")
@@ -164,6 +172,7 @@ def serve(
         adapt_threads=adapt_threads,
         unified=kv_unified,
     )
+    _hold_within(cpus, memory)
     for remark in _remarks(settings):
         _say(remark)
     with contextlib.ExitStack() as stack:
@@ -193,6 +202,30 @@ def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
             "value, or leave it out."
         )
     return tuple(keys)
+
+
+def _hold_within(cpus: float | None, memory: str | None) -> None:
+    """Set the limits that were asked for, unless they are set: by starting the server again within them."""
+    from kvpsi.board.limited import Limits, check, run_within
+
+    limits = Limits(cpus, None if memory is None else units.parse_bytes(memory))
+    if not limits:
+        return
+    if os.environ.get(_HELD) == "1":
+        check(limits)
+        return
+    with _environment(_HELD, "1"):
+        raise typer.Exit(run_within(limits, [sys.executable, "-m", "kvpsi", *sys.argv[1:]]))
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable for the processes that are started meanwhile."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _remarks(settings: ServerSettings) -> Iterator[str]:

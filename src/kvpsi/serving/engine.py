@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before Python 3.11
 from dataclasses import dataclass, field
@@ -411,10 +411,8 @@ class Engine:
 
     def _next_to_begin(self) -> Request | None:
         """The first in the queue that may begin."""
-        with self._lock:
-            waiting = self.waiting.first_ones(_LOOKED_AT)
         unready, places = 0, self.settings.parallel - len(self.running)
-        for request in waiting:
+        for request in self._in_order():
             if not self._may_begin(request):
                 continue
             if not self._is_ready(request):
@@ -426,6 +424,15 @@ class Engine:
                 if self.waiting.take(request):
                     return request
         return None
+
+    def _in_order(self) -> Iterator[Request]:
+        """The first of the queue; mostly that one may begin, and no other is looked at."""
+        with self._lock:
+            first = self.waiting.first_ones(1)
+        yield from first
+        with self._lock:
+            others = self.waiting.first_ones(_LOOKED_AT)
+        yield from (request for request in others if request not in first)
 
     def _is_ready(self, request: Request) -> bool:
         """Whether its conversation need not be read from a file first."""

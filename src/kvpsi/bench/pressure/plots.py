@@ -40,7 +40,7 @@ def _draw(path: Path, plan: Plan, run: Run, longest_s: float, slowest_ms: float)
 
     start = run.samples[0].time_s
     times = [s.time_s - start for s in run.samples]
-    limit_mib = plan.board.memory_bytes / _MIB
+    limit_mib = (plan.board.memory_bytes or 0) / _MIB
     figure, axes = pyplot.subplots(4, 1, sharex=True, figsize=(9, 9), constrained_layout=True)
     _stalls(axes[0], run, times)
     axes[1].plot(times, [limit_mib - s.usage_bytes / _MIB for s in run.samples])

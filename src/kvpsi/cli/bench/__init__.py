@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from kvpsi.cli.bench import answers, elastic, oom, pressure, quality, react, sessions, throughput
+from kvpsi.cli.bench import admission, answers, elastic, oom, pressure, quality, react, sessions, throughput
 
 app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
+app.command()(admission.admission)
 app.command()(answers.answers)
 app.command()(elastic.elastic)
 app.command()(oom.oom)

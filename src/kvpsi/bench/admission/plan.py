@@ -1,0 +1,101 @@
+"""Who is compared, and playing what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from kvpsi.errors import UsageError
+
+Scenario = Literal["quota", "neighbours"]
+"""``quota``: the server has half a CPU. ``neighbours``: as many busy processes as there are processors."""
+Part = Literal["closed", "open", "pace", "adaptation", "overload", "decisions"]
+_PLAIN = ("--no-adapt-threads", "--pace", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to serve.
+
+    Attributes:
+        options: of `kvpsi serve`.
+        threads: ``stock``: one for each processor; ``matched``: what really can run; ``adaptive``: kvpsi's choice.
+        pressed: whether there is a quota, or neighbours; the baseline has neither.
+    """
+
+    options: tuple[str, ...]
+    threads: Literal["stock", "matched", "adaptive"]
+    pressed: bool = True
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "baseline": Variant(("--admission", "static", *_PLAIN), "stock", pressed=False),
+    "limits": Variant(("--admission", "static", *_PLAIN), "stock"),
+    "limits-matched": Variant(("--admission", "static", *_PLAIN), "matched"),
+    "avg10": Variant(("--admission", "avg10", *_PLAIN), "stock"),
+    "avg10-matched": Variant(("--admission", "avg10", *_PLAIN), "matched"),
+    "static": Variant(("--admission", "static:2", *_PLAIN), "stock"),
+    "static-matched": Variant(("--admission", "static:2", *_PLAIN), "matched"),
+    "kvpsi-matched": Variant(("--no-adapt-threads",), "matched"),
+    "kvpsi": Variant((), "adaptive"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One comparison.
+
+    Attributes:
+        model: the GGUF file.
+        scenarios: what makes CPU pressure.
+        variants: whom to compare, of `VARIANTS`.
+        parts: what is played.
+        levels: clients at once, in the closed loop; in the open loop as many as ask every ``think_s`` seconds.
+        requests: of each client in the closed loop.
+        limit_s: longest time of one level in the closed loop; what is not answered by then counts as taking so long.
+        long_limit_s: the same at eight clients, where the ratio is to be told.
+        open_s: how long requests arrive in the open loop, and in the overload.
+        think_s: mean time between two requests of a client in the open loop.
+        deadline_s: within which an answer is worth something; kvpsi is told of it.
+        n_predict: tokens of an answer, at most.
+        cpus: the quota.
+        n_ctx: tokens of context in all.
+        streams: answers that are being written when the others arrive (pace).
+        seed: of prompts and arrivals.
+    """
+
+    model: Path
+    scenarios: tuple[Scenario, ...] = ("quota", "neighbours")
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    parts: tuple[Part, ...] = ("decisions", "pace", "adaptation", "closed", "open", "overload")
+    levels: tuple[int, ...] = (1, 2, 4, 8, 32)
+    requests: int = 2
+    limit_s: float = 60.0
+    long_limit_s: float = 240.0
+    open_s: float = 60.0
+    think_s: float = 8.0
+    deadline_s: float = 30.0
+    n_predict: int = 64
+    cpus: float = 0.5
+    n_ctx: int = 8192
+    streams: int = 4
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown or not self.variants:
+            raise UsageError(f"The variants are {', '.join(VARIANTS)}, not {', '.join(unknown) or 'none'}.")
+        for name, known, given in (
+            ("scenarios", get_args(Scenario), self.scenarios),
+            ("parts", get_args(Part), self.parts),
+        ):
+            if not given or not set(given) <= set(known):
+                raise UsageError(f"The {name} are {', '.join(known)}, not {', '.join(given) or 'none'}.")
+        if not self.levels:
+            raise UsageError("Name one level at least.")
+        if min(*self.levels, self.requests, self.n_predict, self.streams) < 1 or min(self.limit_s, self.open_s) <= 0:
+            raise UsageError("Levels, requests, tokens, streams and times are at least 1.")
+        if max(self.levels) > 256:
+            raise UsageError("More than 256 clients say more about them than about the server; lower --levels.")

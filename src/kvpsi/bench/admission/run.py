@@ -1,0 +1,159 @@
+"""Plays all of it, one variant after the other, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kvpsi.bench.admission import adaptation, decisions, overload, pace, report
+from kvpsi.bench.admission.adaptation import Adaptation
+from kvpsi.bench.admission.clients import Asker, arrivals, closed_loop, open_loop
+from kvpsi.bench.admission.overload import Overload
+from kvpsi.bench.admission.pace import Pace
+from kvpsi.bench.admission.plan import Plan, Scenario
+from kvpsi.bench.admission.report import Cell
+from kvpsi.bench.admission.server import QUEUE, Subject, serving
+from kvpsi.bench.prompts import draw_varied
+from kvpsi.bench.table import Table
+
+Report = Callable[[str], None]
+_RATIO_LEVEL = 8
+_ADAPTING = ("kvpsi", "limits")
+_PACED = ("limits-matched", "kvpsi")
+_ROUNDS = 2
+
+
+class Bench:
+    """What has been played so far."""
+
+    def __init__(self, plan: Plan, out_dir: Path, say: Report) -> None:
+        self.plan, self.out_dir, self.say = plan, out_dir, say
+        self.rows = Table(out_dir / "admission.csv")
+        self.requests = Table(out_dir / "latency_distributions.csv")
+        self.cells: list[Cell] = []
+        self.paces: list[Pace] = []
+        self.adapted: list[Adaptation] = []
+        self.overloads: dict[Scenario, Overload] = {}
+        self.decisions_us: dict[int, float] = {}
+        self._seed = plan.seed
+
+    def play(self) -> None:
+        """All parts of the plan."""
+        parts = self.plan.parts
+        if "decisions" in parts:
+            self.say("what a decision costs")
+            self.decisions_us = decisions.measure(self.plan.seed)
+        if "adaptation" in parts:
+            self._adaptation()
+        for scenario in self.plan.scenarios:
+            if "pace" in parts:
+                self._pace(scenario)
+            for variant in self.plan.variants:
+                if {"closed", "open"} & set(parts):
+                    self._levels(scenario, variant)
+            if "overload" in parts:
+                with serving(self.plan, "kvpsi", scenario, self.say) as subject:
+                    self.say(f"{scenario}, overload, kvpsi")
+                    self.overloads[scenario] = overload.play(self.plan, subject, self._next_seed())
+
+    def _next_seed(self) -> int:
+        """Nobody hears anything twice."""
+        self._seed += 1000
+        return self._seed
+
+    def _adaptation(self) -> None:
+        names = [name for name in _ADAPTING if name in self.plan.variants]
+        for number in range(_ROUNDS):
+            for variant in names if number % 2 == 0 else names[::-1]:
+                with serving(self.plan, variant, "neighbours", self.say) as subject:
+                    self.say(f"round {number + 1} of {_ROUNDS}: threads, {variant}")
+                    self.adapted.append(adaptation.play(subject, number, self._next_seed(), self.plan.n_predict))
+
+    def _pace(self, scenario: Scenario) -> None:
+        for variant in _PACED:
+            if variant in self.plan.variants:
+                with serving(self.plan, variant, scenario, self.say) as subject:
+                    self.say(f"{scenario}, pace, {variant}")
+                    self.paces.append(pace.play(self.plan, subject, self._next_seed()))
+
+    def _levels(self, scenario: Scenario, variant: str) -> None:
+        plan = self.plan
+        with serving(plan, variant, scenario, self.say) as subject:
+            for n_clients in plan.levels:
+                if "closed" in plan.parts:
+                    self.say(f"{scenario}, {variant}, closed loop, {n_clients} clients")
+                    self._add(self._closed(subject, n_clients))
+                if "open" in plan.parts:
+                    self.say(f"{scenario}, {variant}, open loop, {n_clients} clients")
+                    self._add(self._open(subject, n_clients))
+
+    def _closed(self, subject: Subject, n_clients: int) -> Cell:
+        plan, asker = self.plan, Asker(subject.url, self.plan.n_predict, self.plan.deadline_s)
+        limit_s = plan.long_limit_s if n_clients == _RATIO_LEVEL else plan.limit_s
+        prompts = draw_varied(n_clients * plan.requests, plan.seed + n_clients)
+        with subject.pressed():
+            outcomes = closed_loop(asker, prompts, n_clients, limit_s)
+        seconds = max((o.sent_s + o.latency_s for o in outcomes), default=1.0)
+        return Cell(subject.scenario, subject.variant, "closed", n_clients, seconds, tuple(outcomes))
+
+    def _open(self, subject: Subject, n_clients: int) -> Cell:
+        plan, asker = self.plan, Asker(subject.url, self.plan.n_predict, self.plan.deadline_s)
+        times = arrivals(n_clients / plan.think_s, plan.open_s, plan.seed + n_clients)
+        prompts = draw_varied(len(times), plan.seed + 100 + n_clients)
+        with subject.pressed():
+            outcomes = open_loop(asker, prompts, times, 2 * plan.open_s)
+        return Cell(subject.scenario, subject.variant, "open", n_clients, plan.open_s, tuple(outcomes))
+
+    def _add(self, cell: Cell) -> None:
+        self.cells.append(cell)
+        self.rows.add(cell.row(self.plan.deadline_s))
+        where = {"scenario": cell.scenario, "variant": cell.variant, "loop": cell.loop, "clients": cell.clients}
+        for o in cell.outcomes:
+            fields = asdict(o)
+            gaps = sorted(fields.pop("gaps_s"))
+            gap_s = gaps[len(gaps) // 2] if gaps else 0.0
+            self.requests.add({**where, **fields, "gap_p50_s": gap_s, "gap_max_s": gaps[-1] if gaps else 0.0})
+
+    def document(self, *, interrupted: bool) -> dict[str, Any]:
+        """All of it, JSON-ready."""
+        plan = self.plan
+        figures = [
+            *report.latency_figures(plan, self.cells),
+            *report.pace_figures(self.paces),
+            *report.adaptation_figures(self.adapted),
+            *report.overload_figures(self.overloads, QUEUE),
+            *(report.decision_figures(self.decisions_us) if self.decisions_us else ()),
+        ]
+        problems = [*self.rows.problems, *self.requests.problems]
+        plots: list[str] = []
+        try:
+            from kvpsi.bench.admission.plots import plot
+
+            plots = plot(self.out_dir, self.cells, self.adapted, self.paces)
+        except ImportError:
+            problems.append("There are no plots without matplotlib: `pip install kvpsi[bench]` installs it.")
+        except OSError as error:
+            problems.append(f"The plots cannot be written ({error.strerror}).")
+        return {
+            "plan": {**asdict(plan), "model": plan.model.name},
+            "interrupted": interrupted,
+            "levels": [cell.row(plan.deadline_s) for cell in self.cells],
+            "adaptation": [{k: v for k, v in asdict(a).items() if k != "token_s"} for a in self.adapted],
+            "overload": {scenario: asdict(played) for scenario, played in self.overloads.items()},
+            "decisions_us": {str(n): us for n, us in self.decisions_us.items()},
+            "figures": [figure.as_json() for figure in figures],
+            "problems": problems,
+            "raw": [*self.rows.paths, *self.requests.paths, *plots],
+        }
+
+
+def run(plan: Plan, out_dir: Path, say: Report) -> dict[str, Any]:
+    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then."""
+    bench = Bench(plan, out_dir, say)
+    try:
+        bench.play()
+    except KeyboardInterrupt:
+        return bench.document(interrupted=True)
+    return bench.document(interrupted=False)
