@@ -22,7 +22,7 @@ class Instrument:
 
     def event(self, name: str, value: Any) -> None:
         """Something happened: ``name`` is ``reading``, ``decision``, ``release``, ``trim``, ``rebuild``,
-        ``interrupt``, ``refusal`` or ``distrust``; ``value`` is the immutable record of it."""
+        ``interrupt``, ``refusal``, ``threads`` or ``distrust``; ``value`` is the immutable record of it."""
 
 
 class Instruments(Instrument):

@@ -68,7 +68,7 @@ def test_where_tokens_come_faster_than_anybody_reads_all_may_join() -> None:
 def test_what_lasts_becomes_usual() -> None:
     server = Server(Adaptive(), token_s=0.03)
     server.for_s(10, wanted=4)
-    assert server.for_s(300, wanted=12) == 8
+    assert server.for_s(1200, wanted=12) == 8
 
 
 def test_when_everything_gets_slower_fewer_are_begun() -> None:

@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -79,11 +79,12 @@ def attempt(
     headers: Mapping[str, str] | None = None,
     timeout_s: float = _TIMEOUT_S,
     ended: threading.Event | None = None,
+    on_text: Callable[[float], None] = lambda _: None,
     **options: object,
 ) -> Attempt:
     """Have a conversation gone on with once, and stream the answer, until it or something else has ``ended``.
 
-    ``options`` go into the body.
+    ``on_text`` is told when text comes (CLOCK_MONOTONIC); ``options`` go into the body.
     """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
@@ -131,7 +132,9 @@ def attempt(
                 n_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
             for choice in said["choices"]:
                 if shown := choice["delta"].get("content"):
-                    text_s.append(time.monotonic() - began)
+                    now_s = time.monotonic()
+                    on_text(now_s)
+                    text_s.append(now_s - began)
                     text.append(shown)
     except (OSError, http.client.HTTPException, ValueError) as error:
         problem, cut = f"{url} broke off ({error!r}).", isinstance(error, TimeoutError)

@@ -77,7 +77,7 @@ def serve(
     pace: Annotated[
         float,
         typer.Option("--pace", envvar="KVPSI_PACE", help="How much slower answers get while prompts are read; 0: any."),
-    ] = 1.5,
+    ] = 2.0,
     max_body: Annotated[str, typer.Option("--max-body", envvar="KVPSI_MAX_BODY", help="Largest request.")] = "8M",
     keep: Annotated[
         int, typer.Option("--keep", envvar="KVPSI_KEEP", help="First tokens that are never forgotten.")

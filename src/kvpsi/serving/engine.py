@@ -96,7 +96,7 @@ class EngineSettings:
     most_waiting: int = 64
     chunk_beside: int = EVEN_PIECE_TOKENS
     admission: AdmissionPolicy | None = None
-    stretch: float = 1.5
+    stretch: float = 2.0
     least_idle_s: float = 10.0
     heals: bool = True
 

@@ -8,13 +8,13 @@ from kvpsi.admission.costs import Speed
 from kvpsi.serving.step import EVEN_PIECE_TOKENS, Turn
 
 _REMEMBERED_S = 1.0
-_GAPS = 24
+_GAPS = 30
 
 
 class Pace:
     """Whose turn it is.
 
-    Time that answers took is credit for prompts: with a stretch of 1.5 these get half as much time, in pieces of
+    Time that answers took is credit for prompts: with a stretch of 2 these get as much time, in pieces of
     `EVEN_PIECE_TOKENS`. As a piece takes as long as many tokens of answers, pieces of long prompts also keep a distance
     of so many tokens that 95 of 100 come at the usual pace; a prompt of one or two pieces is let through.
 

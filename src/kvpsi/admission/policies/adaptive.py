@@ -15,22 +15,28 @@ class AdaptiveSettings:
     """Constants of the limit.
 
     Attributes:
-        tolerance: how much slower than on average over ``long_s`` an answer may get because others join it.
+        tolerance: how many more answers at once than there usually were: they get slower by as much.
+        usual_s: time over which it is averaged how many there were.
         comfortable_s: a time between two tokens that nobody minds: a person reads 5 to 10 tokens a second.
-        first_token_tolerance: how much slower than on average prompts may be read before nobody joins.
-        long_s: time over which the averages go.
+        slower: how much longer than on average over ``speed_s`` a token may take, for each answer, before there are to
+            be fewer of them; it takes a little longer with every token that answers have got already.
+        speed_s: so long.
+        first_token_slower: the same for reading prompts.
         up_s, down_s: how fast the limit follows.
         idle_s: after so long without an answer all is forgotten.
         patience_s: who waits longer joins ``few`` answers at most, however slow they are.
         few: so many.
-        cpu_stall, memory_stall, io_stall: pressure from which on the limit does not grow.
+        cpu_stall, memory_stall, io_stall: pressure during which what is usual does not grow, however fast tokens come;
+            while memory is short, nor does the number of answers.
         hard_memory_stall: pressure from which on nobody joins.
     """
 
-    tolerance: float = 1.4
+    tolerance: float = 1.3
+    usual_s: float = 180.0
     comfortable_s: float = 0.05
-    first_token_tolerance: float = 3.0
-    long_s: float = 60.0
+    slower: float = 1.25
+    speed_s: float = 60.0
+    first_token_slower: float = 3.0
     up_s: float = 1.0
     down_s: float = 0.3
     idle_s: float = 5.0
@@ -42,18 +48,20 @@ class AdaptiveSettings:
     hard_memory_stall: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.tolerance <= 1 or self.first_token_tolerance <= 1:
+        if min(self.tolerance, self.slower, self.first_token_slower) <= 1:
             raise UsageError("A tolerance is above 1: nobody can join without making the others slower.")
-        if min(self.comfortable_s, self.long_s, self.up_s, self.down_s) <= 0:
+        if min(self.comfortable_s, self.usual_s, self.speed_s, self.up_s, self.down_s) <= 0:
             raise UsageError("Times of the adaptive limit must be above 0 seconds.")
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveState:
-    """The limit, not rounded; the long averages, None while nothing is known; and when what happened last."""
+    """What is remembered: the limit, not rounded; averages, None while nothing is known: answers at once, seconds for a
+    token of each of them, and for reading a token; and when what happened last."""
 
     limit: float
     time_s: float
+    usual: float | None = None
     token_s: float | None = None
     first_token_s: float | None = None
     busy_at_s: float = -math.inf
@@ -61,11 +69,12 @@ class AdaptiveState:
 
 
 class Adaptive:
-    """A gradient limit: the answers at once, times how much slower they may get, by how slow they are.
+    """A gradient limit: the answers that there usually were at once, some more, and fewer when all gets slower.
 
-    It follows Gradient2 of Netflix's concurrency-limits (a short against a long average of the latency, with a
-    tolerance), sized for limits between 1 and 32: the latency is the time for a token, so one answer more is a step
-    that shows. Pressure on processors, memory or disks keeps the limit from growing.
+    It follows Gradient2 of Netflix's concurrency-limits: a limit times the quotient of a long and a short average of
+    the latency, with a tolerance. The latency is the time for a token, divided by the number of answers at once, as on
+    a processor each of them gets slower by every other; that is what sizes it for limits between 1 and 32. Pressure on
+    processors, memory or disks keeps the limit from growing.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -83,20 +92,25 @@ class Adaptive:
         state = replace(state, time_s=load.time_s)
         if not load.running:
             if load.time_s - state.busy_at_s > s.idle_s:
-                state = replace(state, limit=float(load.parallel), token_s=None, first_token_s=None)
+                state = AdaptiveState(float(load.parallel), load.time_s)
             return Verdict(max(1, round(state.limit)), "nobody is being answered"), state
+        each_s = None if load.token_s is None else load.token_s / load.running
+        held = self._held_by(load)
+        usual = _averaged(state.usual, None if each_s is None else float(load.running), elapsed_s / s.usual_s)
+        if held and usual is not None and state.usual is not None:
+            usual = min(usual, state.usual)
         state = replace(
             state,
             busy_at_s=load.time_s,
-            token_s=_averaged(state.token_s, load.token_s, elapsed_s / s.long_s),
-            first_token_s=_averaged(state.first_token_s, load.first_token_s, elapsed_s / s.long_s),
+            usual=usual,
+            token_s=_averaged(state.token_s, each_s, elapsed_s / s.speed_s),
+            first_token_s=_averaged(state.first_token_s, load.first_token_s, elapsed_s / s.speed_s),
         )
         target = self._target(load, state)
-        held = self._held_by(load)
-        if held and target > state.limit:
-            target, reason = max(state.limit, 1.0), held
-        else:
-            reason = f"{load.running} answers at {1000 * (load.token_s or 0):.0f} ms a token"
+        reason = f"{load.running} answers at {1000 * (load.token_s or 0):.0f} ms a token"
+        most = self._most(load, state) if held else target
+        if held and target > most:
+            target, reason = most, held
         pace_s = s.up_s if target > state.limit else s.down_s
         limit = state.limit + (1 - math.exp(-elapsed_s / pace_s)) * (target - state.limit)
         state = replace(state, limit=min(float(load.parallel), max(1.0, limit)))
@@ -112,16 +126,21 @@ class Adaptive:
         return Verdict(whole, reason), state
 
     def _target(self, load: Load, state: AdaptiveState) -> float:
-        """Answers at once that would be as slow as is allowed, if time for a token grows with their number."""
+        """Answers at once that would be as slow as is allowed."""
         s = self.settings
-        if load.token_s is None or state.token_s is None:
+        if load.token_s is None or state.token_s is None or state.usual is None:
             return state.limit
-        target = load.running * max(s.comfortable_s, s.tolerance * state.token_s) / load.token_s
+        each_s = load.token_s / load.running
+        slower = each_s / state.token_s / s.slower
         if load.first_token_s and state.first_token_s:
-            slower = load.first_token_s / state.first_token_s
-            if slower > s.first_token_tolerance:
-                target = min(target, load.running * s.first_token_tolerance / slower)
-        return target
+            slower = max(slower, load.first_token_s / state.first_token_s / s.first_token_slower)
+        return max(s.tolerance * state.usual / max(1.0, slower), s.comfortable_s / each_s if slower <= 1 else 0.0)
+
+    def _most(self, load: Load, state: AdaptiveState) -> float:
+        """Answers at once beyond which there is no growth under pressure: with more of them memory gets shorter still."""
+        if load.pressure.memory_stall >= self.settings.memory_stall:
+            return max(1.0, float(load.running))
+        return state.limit if state.usual is None else self.settings.tolerance * state.usual
 
     def _held_by(self, load: Load) -> str | None:
         """The pressure that keeps the limit from growing."""

@@ -12,7 +12,7 @@ from kvpsi.bench.client import attempt, said_by
 from kvpsi.bench.prompts import draw
 
 _CLIENTS = 8
-_WARM_UP_S, _CALM_S, _BUSY_S, _AFTER_S = 4.0, 12.0, 12.0, 14.0
+_WARM_UP_S, _CALM_S, _BUSY_S, _AFTER_S = 3.0, 10.0, 12.0, 15.0
 _COMES_AFTER_S, _GOES_AFTER_S = 2.0, 5.0
 
 
@@ -31,6 +31,13 @@ class Adaptation:
     came_s: float
     went_s: float
     token_s: tuple[float, ...]
+
+    def each_second(self) -> list[int]:
+        """How many tokens came in each second."""
+        counts = [0] * (int(max(self.token_s, default=0.0)) + 1)
+        for at_s in self.token_s:
+            counts[int(at_s)] += 1
+        return counts
 
 
 def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation:

@@ -34,6 +34,7 @@ VARIANTS: Mapping[str, Variant] = {
     "baseline": Variant(("--admission", "static", *_PLAIN), "stock", pressed=False),
     "limits": Variant(("--admission", "static", *_PLAIN), "stock"),
     "limits-matched": Variant(("--admission", "static", *_PLAIN), "matched"),
+    "limits-adaptive": Variant(("--admission", "static", "--pace", "0"), "adaptive"),
     "avg10": Variant(("--admission", "avg10", *_PLAIN), "stock"),
     "avg10-matched": Variant(("--admission", "avg10", *_PLAIN), "matched"),
     "static": Variant(("--admission", "static:2", *_PLAIN), "stock"),

@@ -57,9 +57,8 @@ def _adaptation(path: Path, played: Sequence[Adaptation]) -> str:
     figure, axis = pyplot.subplots(figsize=(8, 4), constrained_layout=True)
     first = {each.variant: each for each in reversed(played)}
     for variant, each in first.items():
-        seconds = range(int(max(each.token_s, default=0)) + 1)
-        counts = [sum(second <= at_s < second + 1 for at_s in each.token_s) for second in seconds]
-        axis.step(list(seconds), counts, where="post", label=variant)
+        counts = each.each_second()
+        axis.step(range(len(counts)), counts, where="post", label=variant)
         axis.axvspan(each.came_s, each.went_s, alpha=0.08, color="grey")
     axis.set(xlabel="seconds; neighbours compute while it is grey", ylabel="tokens a second")
     axis.grid(alpha=0.3)

@@ -15,6 +15,8 @@ from kvpsi.bench.figures import Figure, quantile
 
 _RATIO_LEVEL = 8
 _STOCK, _MATCHED, _OURS = "limits", "limits-matched", "kvpsi"
+_ADAPTIVE = "limits-adaptive"
+_LEAST_TOK_S = 0.1  # less than one token in the time that is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,12 @@ def pace_figures(paces: Sequence[Pace]) -> list[Figure]:
 
 def adaptation_figures(played: Sequence[Adaptation]) -> list[Figure]:
     """Throughput beside neighbours to that of fixed threads, and afterwards to that before."""
-    ours = {a.round: a for a in played if a.variant == _OURS}
+    ours = {a.round: a for a in played if a.variant == _ADAPTIVE}
     fixed = {a.round: a for a in played if a.variant == _STOCK}
     both = sorted(ours.keys() & fixed.keys())
     found = []
     if both:
-        busy = statistics.median(_ratio(ours[n].busy, fixed[n].busy) for n in both)
+        busy = statistics.median(ours[n].busy / max(fixed[n].busy, _LEAST_TOK_S) for n in both)
         calm = statistics.median(_ratio(ours[n].calm, fixed[n].calm) for n in both)
         found.append(Figure("threads.tok_s_beside_neighbours_to_fixed", busy, "", 5.0, ">="))
         found.append(Figure("threads.tok_s_calm_to_fixed", calm, "", 0.97, ">="))
@@ -133,4 +135,4 @@ def decision_figures(cost_us: Mapping[int, float]) -> list[Figure]:
 
 
 def _ratio(a: float, b: float) -> float:
-    return a / b if b else float("inf") if a else 1.0
+    return a / b if b else 0.0 if a else 1.0

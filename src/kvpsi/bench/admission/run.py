@@ -20,9 +20,9 @@ from kvpsi.bench.table import Table
 
 Report = Callable[[str], None]
 _RATIO_LEVEL = 8
-_ADAPTING = ("kvpsi", "limits")
+_ADAPTING = ("limits-adaptive", "limits")
 _PACED = ("limits-matched", "kvpsi")
-_ROUNDS = 2
+_ROUNDS = 4
 
 
 class Bench:
@@ -32,6 +32,8 @@ class Bench:
         self.plan, self.out_dir, self.say = plan, out_dir, say
         self.rows = Table(out_dir / "admission.csv")
         self.requests = Table(out_dir / "latency_distributions.csv")
+        self.gaps = Table(out_dir / "gaps.csv")
+        self.tokens = Table(out_dir / "threads.csv")
         self.cells: list[Cell] = []
         self.paces: list[Pace] = []
         self.adapted: list[Adaptation] = []
@@ -69,14 +71,21 @@ class Bench:
             for variant in names if number % 2 == 0 else names[::-1]:
                 with serving(self.plan, variant, "neighbours", self.say) as subject:
                     self.say(f"round {number + 1} of {_ROUNDS}: threads, {variant}")
-                    self.adapted.append(adaptation.play(subject, number, self._next_seed(), self.plan.n_predict))
+                    played = adaptation.play(subject, number, self._next_seed(), self.plan.n_predict)
+                    self.adapted.append(played)
+                    for second, count in enumerate(played.each_second()):
+                        self.tokens.add({"variant": variant, "round": number, "second": second, "tokens": count})
 
     def _pace(self, scenario: Scenario) -> None:
         for variant in _PACED:
             if variant in self.plan.variants:
                 with serving(self.plan, variant, scenario, self.say) as subject:
                     self.say(f"{scenario}, pace, {variant}")
-                    self.paces.append(pace.play(self.plan, subject, self._next_seed()))
+                    played = pace.play(self.plan, subject, self._next_seed())
+                    self.paces.append(played)
+                    for when, gaps in (("alone", played.calm_s), ("beside", played.pressed_s)):
+                        for gap_s in gaps:
+                            self.gaps.add({"scenario": scenario, "variant": variant, "when": when, "gap_s": gap_s})
 
     def _levels(self, scenario: Scenario, variant: str) -> None:
         plan = self.plan
@@ -126,7 +135,8 @@ class Bench:
             *report.overload_figures(self.overloads, QUEUE),
             *(report.decision_figures(self.decisions_us) if self.decisions_us else ()),
         ]
-        problems = [*self.rows.problems, *self.requests.problems]
+        tables = (self.rows, self.requests, self.gaps, self.tokens)
+        problems = [problem for table in tables for problem in table.problems]
         plots: list[str] = []
         try:
             from kvpsi.bench.admission.plots import plot
@@ -141,11 +151,14 @@ class Bench:
             "interrupted": interrupted,
             "levels": [cell.row(plan.deadline_s) for cell in self.cells],
             "adaptation": [{k: v for k, v in asdict(a).items() if k != "token_s"} for a in self.adapted],
+            "pace": [
+                {k: v for k, v in asdict(each).items() if k not in ("calm_s", "pressed_s")} for each in self.paces
+            ],
             "overload": {scenario: asdict(played) for scenario, played in self.overloads.items()},
             "decisions_us": {str(n): us for n, us in self.decisions_us.items()},
             "figures": [figure.as_json() for figure in figures],
             "problems": problems,
-            "raw": [*self.rows.paths, *self.requests.paths, *plots],
+            "raw": [*(path for table in tables for path in table.paths), *plots],
         }
 
 

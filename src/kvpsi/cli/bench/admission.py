@@ -15,7 +15,9 @@ from kvpsi.errors import UsageError
 if TYPE_CHECKING:
     from kvpsi.bench.admission.plan import Part, Scenario
 
-_VARIANTS = "baseline,limits,limits-matched,avg10,avg10-matched,static,static-matched,kvpsi-matched,kvpsi"
+_VARIANTS = (
+    "baseline,limits,limits-matched,limits-adaptive,avg10,avg10-matched,static,static-matched,kvpsi-matched,kvpsi"
+)
 _PARTS = "decisions,adaptation,pace,closed,open,overload"
 
 
@@ -47,7 +49,7 @@ def admission(
     ),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Limits, threads, gates and kvpsi under half a CPU, and beside busy neighbours, as clients see them. Needs root."""
+    """Limits, threads, gates and kvpsi with half a CPU, and beside busy neighbours, as clients see it. Needs root."""
     from kvpsi.bench.admission.plan import Plan
     from kvpsi.bench.admission.run import run
 
