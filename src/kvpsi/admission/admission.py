@@ -14,7 +14,10 @@ from kvpsi.admission.queue import FairQueue
 from kvpsi.errors import KvpsiError
 
 _LEAST_RETRY_S = 1.0
-_MARGIN = 1.5
+_MARGIN = 1.2
+_SERVED_SHARE = 0.6
+_DEADLINE_WEIGHT = 0.1
+_DEADLINES_KNOWN_S = 60.0
 _LOOK_S = 0.05
 
 
@@ -123,6 +126,8 @@ class Admission(Generic[T]):
         self._promises = Promises()
         self._state: Any = None
         self._looked_s = -math.inf
+        self._deadline_in_work: float | None = None
+        self._deadline_at_s = -math.inf
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -155,6 +160,7 @@ class Admission(Generic[T]):
         now_s = self._clock()
         self._promises.expire(now_s)
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
+        self._note_deadline(now_s, request, work_s)
         key = hash(request.fingerprint) if len(self._promises) or self._is_scarce(now_s, request, work_s) else 0
         expected = len(self._promises) > 0 and self._promises.take_up(key, now_s)
         if not expected and self._is_scarce(now_s, request, work_s):
@@ -165,6 +171,21 @@ class Admission(Generic[T]):
             return self._displace(request, key, now_s, work_s)
         self._queue.put(request, work_s, at_once=expected)
         return None
+
+    def _note_deadline(self, now_s: float, request: T, work_s: float) -> None:
+        """How often the work of a request fits into the time that it has, on average."""
+        if request.wanted_by_s == math.inf or work_s <= 0:
+            return
+        times = (request.wanted_by_s - now_s) / work_s
+        before = self._deadline_in_work
+        self._deadline_in_work = times if before is None else before + _DEADLINE_WEIGHT * (times - before)
+        self._deadline_at_s = now_s
+
+    def _in_time(self, now_s: float) -> float:
+        """Answers at once of which each is done in a good part of the time that clients give it."""
+        if self._deadline_in_work is None or now_s - self._deadline_at_s > _DEADLINES_KNOWN_S:
+            return math.inf
+        return max(1.0, _SERVED_SHARE * self._deadline_in_work)
 
     def _displace(self, request: T, key: int, now_s: float, work_s: float) -> T:
         """Put it in the place of the last one, if it comes before that."""
@@ -229,6 +250,9 @@ class Admission(Generic[T]):
         if self.verdict is None or now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
             self.verdict, self._state = self.policy.decide(self._load(), self._state)
+            most = self._in_time(now_s) if self.policy.foresees else math.inf
+            if self.verdict.limit > most:
+                self.verdict = Verdict(int(most), f"more than {int(most)} at once would not be done in time")
         return self.verdict.limit
 
     def longest_wait_s(self) -> float:

@@ -9,6 +9,8 @@ from typing import ClassVar
 from kvpsi.admission.policies.base import Load, Verdict
 from kvpsi.errors import UsageError
 
+_LEAST_KNOWN_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveSettings:
@@ -26,8 +28,9 @@ class AdaptiveSettings:
         idle_s: after so long without an answer all is forgotten.
         patience_s: who waits longer joins ``few`` answers at most, however slow they are.
         few: so many.
-        cpu_stall, memory_stall, io_stall: pressure during which what is usual does not grow, however fast tokens come;
-            while memory is short, nor does the number of answers.
+        cpu_stall, memory_stall, io_stall: pressure during which no more join than usually, however fast tokens come,
+            and none at all while memory is short.
+        held_factor: how much more slowly the usual number follows then.
         hard_memory_stall: pressure from which on nobody joins.
     """
 
@@ -46,6 +49,7 @@ class AdaptiveSettings:
     memory_stall: float = 0.05
     io_stall: float = 0.3
     hard_memory_stall: float = 0.2
+    held_factor: float = 4.0
 
     def __post_init__(self) -> None:
         if min(self.tolerance, self.slower, self.first_token_slower) <= 1:
@@ -61,6 +65,7 @@ class AdaptiveState:
 
     limit: float
     time_s: float
+    began_s: float | None = None
     usual: float | None = None
     token_s: float | None = None
     first_token_s: float | None = None
@@ -96,15 +101,18 @@ class Adaptive:
             return Verdict(max(1, round(state.limit)), "nobody is being answered"), state
         each_s = None if load.token_s is None else load.token_s / load.running
         held = self._held_by(load)
-        usual = _averaged(state.usual, None if each_s is None else float(load.running), elapsed_s / s.usual_s)
-        if held and usual is not None and state.usual is not None:
-            usual = min(usual, state.usual)
+        began_s = load.time_s if state.began_s is None else state.began_s
+        # at first the averages go over what there is
+        known_s = max(_LEAST_KNOWN_S, load.time_s - began_s)
+        usual_s = min(known_s, s.usual_s * (s.held_factor if held else 1.0))
+        speed_s = min(known_s, s.speed_s)
         state = replace(
             state,
+            began_s=began_s,
             busy_at_s=load.time_s,
-            usual=usual,
-            token_s=_averaged(state.token_s, each_s, elapsed_s / s.speed_s),
-            first_token_s=_averaged(state.first_token_s, load.first_token_s, elapsed_s / s.speed_s),
+            usual=_averaged(state.usual, None if each_s is None else float(load.running), elapsed_s / usual_s),
+            token_s=_averaged(state.token_s, each_s, elapsed_s / speed_s),
+            first_token_s=_averaged(state.first_token_s, load.first_token_s, elapsed_s / speed_s),
         )
         target = self._target(load, state)
         reason = f"{load.running} answers at {1000 * (load.token_s or 0):.0f} ms a token"
@@ -137,7 +145,7 @@ class Adaptive:
         return max(s.tolerance * state.usual / max(1.0, slower), s.comfortable_s / each_s if slower <= 1 else 0.0)
 
     def _most(self, load: Load, state: AdaptiveState) -> float:
-        """Answers at once beyond which there is no growth under pressure: with more of them memory gets shorter still."""
+        """Answers at once beyond which there is no growth under pressure; more of them would take more memory, too."""
         if load.pressure.memory_stall >= self.settings.memory_stall:
             return max(1.0, float(load.running))
         return state.limit if state.usual is None else self.settings.tolerance * state.usual

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ class Pace:
     long_first_token_s: float | None
     at_once: tuple[int, ...]
     newcomers_s: tuple[float, ...]
+    problems: tuple[str, ...]
 
 
 class _Asked:
@@ -47,6 +47,7 @@ class _Asked:
 
     def __init__(self, url: str, prompts: Sequence[str], n_predict: int, *, endless: bool = False) -> None:
         self.times: list[list[float]] = [[] for _ in prompts]
+        self.problems: list[str] = []
         self._ended = threading.Event()
         self._began = time.monotonic()
         self._threads = [
@@ -67,8 +68,8 @@ class _Asked:
             on_text=times.append,
             ignore_eos=endless,
         )
-        if made.problem and not times:
-            times.append(math.inf)
+        if made.problem and not self._ended.is_set():
+            self.problems.append(made.problem)
 
     @property
     def is_alive(self) -> bool:
@@ -77,7 +78,7 @@ class _Asked:
 
     def first_tokens_s(self) -> list[float]:
         """Seconds until the first token, of those that had one."""
-        return [times[0] - self._began for times in self.times if times and times[0] < math.inf]
+        return [times[0] - self._began for times in self.times if times]
 
     def end(self) -> None:
         """Go away."""
@@ -119,6 +120,7 @@ def play(plan: Plan, subject: Subject, seed: int) -> Pace:
         first[0] if first else None,
         tuple(at_once),
         tuple(others.first_tokens_s()),
+        (*streams.problems, *reader.problems, *alone.problems),
     )
 
 

@@ -85,13 +85,15 @@ def pace_figures(paces: Sequence[Pace]) -> list[Figure]:
     for pace in paces:
         ours = pace.variant == _OURS
         name = f"{pace.scenario}.pace.{pace.variant}"
+        if pace.long_first_token_s is None or not pace.calm_s or not pace.pressed_s:
+            found.append(Figure(f"{name}.long_prompt_was_read", False, "", True if ours else None, "=="))
+            continue
         calm, pressed = quantile(pace.calm_s, 0.95), quantile(pace.pressed_s, 0.95)
         found.append(Figure(f"{name}.gap_p95_to_calm", _ratio(pressed, calm), "", 1.5 if ours else None))
         for share in (0.5, 0.99):
             ratio = _ratio(quantile(pace.pressed_s, share), quantile(pace.calm_s, share))
             found.append(Figure(f"{name}.gap_p{share * 100:.0f}_to_calm", ratio, ""))
-        if pace.long_first_token_s is not None:
-            found.append(Figure(f"{name}.long_prompt_first_token", pace.long_first_token_s, "s"))
+        found.append(Figure(f"{name}.long_prompt_first_token", pace.long_first_token_s, "s"))
     return found
 
 
