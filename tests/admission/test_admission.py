@@ -165,14 +165,13 @@ def test_who_comes_again_when_told_gets_in_and_before_others() -> None:
     assert engine.admission.first_ones(1) == [again]
 
 
+@pytest.mark.parametrize("patient", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_twice_the_load_is_answered_at_full_speed_and_promises_are_kept(seed: int) -> None:
+def test_twice_the_load_is_answered_at_full_speed_and_promises_are_kept(seed: int, patient: bool) -> None:
     rng = random.Random(seed)
     engine, deadline_s = Engine(parallel=4, most=64), 20.0
     events = [(t, number) for number, t in enumerate(sorted(rng.uniform(0, 60) for _ in range(120)))]
-    heapq.heapify(events)
-    began, tries, good, honoured, kept, longest = engine.clock.now_s, {}, 0, 0, 0, 0  # type: ignore[var-annotated]
-    sent: dict[int, Asked] = {}
+    began, tries, honoured, kept, longest = engine.clock.now_s, {}, 0, 0, 0  # type: ignore[var-annotated]
     while engine.clock.now_s < began + 150:
         while events and began + events[0][0] <= engine.clock.now_s:
             _, number = heapq.heappop(events)
@@ -180,16 +179,15 @@ def test_twice_the_load_is_answered_at_full_speed_and_promises_are_kept(seed: in
             tries[number] = tries.get(number, 0) + 1
             honoured += again
             try:
-                sent[number] = engine.ask(name=str(number), wanted_by_s=engine.clock.now_s + deadline_s)
+                engine.ask(name=str(number), wanted_by_s=engine.clock.now_s + deadline_s)
                 kept += again
             except (QueueFullError, TooLateError) as error:
-                if not again:
+                if not again and (patient or error.retry_after_s < deadline_s):
                     heapq.heappush(events, (engine.clock.now_s - began + error.retry_after_s, number))
         longest = max(longest, len(engine.admission))
         engine.go_on(0.05)
-    good = sum(ended <= asked.arrived_s + deadline_s for asked, ended in engine.finished)
-    in_time = sum(ended <= asked.arrived_s + deadline_s for asked, ended in engine.finished if ended <= began + 60)
+    in_time = [ended for asked, ended in engine.finished if ended <= asked.arrived_s + deadline_s]
     assert longest <= 64
-    assert in_time >= 0.9 * 60, "goodput while twice as many come as can be answered"
-    assert honoured >= 20 and kept >= 0.8 * honoured
-    assert good >= 0.9 * len(engine.finished)
+    assert sum(ended <= began + 60 for ended in in_time) >= 0.9 * 60, "goodput while twice as many come as can be"
+    assert honoured >= 10 and kept >= 0.8 * honoured
+    assert len(in_time) >= 0.9 * len(engine.finished)

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kvpsi.admission.costs import Costs
 from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Load, Verdict
-from kvpsi.admission.promises import Promises
+from kvpsi.admission.promises import Promise, Promises
 from kvpsi.admission.queue import FairQueue
 from kvpsi.errors import KvpsiError
 
@@ -161,14 +161,13 @@ class Admission(Generic[T]):
         self._promises.expire(now_s)
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
         self._note_deadline(now_s, request, work_s)
-        key = hash(request.fingerprint) if len(self._promises) or self._is_scarce(now_s, request, work_s) else 0
-        expected = len(self._promises) > 0 and self._promises.take_up(key, now_s)
+        expected = len(self._promises) > 0 and self._promises.take_up(hash(request.fingerprint), now_s)
         if not expected and self._is_scarce(now_s, request, work_s):
             self.turned.late += 1
-            raise TooLateError(self._promise(key, now_s, request, work_s))
+            raise TooLateError(self._promise(now_s, request, work_s))
         # places that were promised are there beside those of the queue
         if len(self._queue) >= self.most * (2 if expected else 1):
-            return self._displace(request, key, now_s, work_s)
+            return self._displace(request, now_s, work_s)
         self._queue.put(request, work_s, at_once=expected)
         return None
 
@@ -187,14 +186,14 @@ class Admission(Generic[T]):
             return math.inf
         return max(1.0, _SERVED_SHARE * self._deadline_in_work)
 
-    def _displace(self, request: T, key: int, now_s: float, work_s: float) -> T:
+    def _displace(self, request: T, now_s: float, work_s: float) -> T:
         """Put it in the place of the last one, if it comes before that."""
         last = self._queue.last()
         entry = self._queue.put(request, work_s)
         if last is None or entry.key >= last.key or last.key[0] < 0:
             self._queue.discard(request)
             self.turned.full += 1
-            raise QueueFullError(self._promise(key or hash(request.fingerprint), now_s, request, work_s))
+            raise QueueFullError(self._promise(now_s, request, work_s))
         self._queue.discard(last.request)
         self.turned.displaced += 1
         return last.request
@@ -216,8 +215,8 @@ class Admission(Generic[T]):
         allowed_s = self._allowed_s(now_s, request, work_s, places)
         if wait_s > allowed_s:
             return True
-        # who was told to come again goes first, but nobody is turned away for them while there is little to do
-        return wait_s > allowed_s / 4 and wait_s + self._promises.work_s > allowed_s
+        # who was told to come again goes first, but nobody is turned away for them while nobody waits
+        return len(self._queue) > 0 and wait_s + self._promises.work_s(now_s + allowed_s) > allowed_s
 
     def _allowed_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
         """How long it may wait for its begin, with a margin as nobody knows how long answers get."""
@@ -228,18 +227,20 @@ class Admission(Generic[T]):
     def _limit(self, places: Places) -> int:
         return places.parallel if self.verdict is None else max(1, self.verdict.limit)
 
-    def _promise(self, key: int, now_s: float, request: T, work_s: float) -> float:
+    def _promise(self, now_s: float, request: T, work_s: float) -> float:
         """After how many seconds there will be a place for it, which is kept."""
+        key = hash(request.fingerprint)
         due_s = self._promises.due_s(key)
         if due_s is not None and due_s > now_s:
             return due_s - now_s
         places = self._places()
-        backlog_s = self._wait_s(request, places) + self._promises.work_s
+        backlog_s = self._wait_s(request, places) + self._promises.work_s()
         allowed_s = self._allowed_s(now_s, request, work_s, places)
         room_s = min(allowed_s, self._queue.work_s()) if self.policy.foresees else self._queue.work_s()
         wait_s = max(_LEAST_RETRY_S, work_s, backlog_s - room_s / 2)
         if self.policy.foresees:
-            self._promises.make(key, now_s + wait_s, work_s)
+            patient = now_s + wait_s < request.wanted_by_s
+            self._promises.make(key, Promise(now_s + wait_s, work_s, patient))
         return wait_s
 
     # -- beginning -----------------------------------------------------------------------------------------------
@@ -283,10 +284,10 @@ class Admission(Generic[T]):
         for request in self._queue.overdue(now_s):
             work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
             self.turned.late += 1
-            found.append((request, self._promise(hash(request.fingerprint), now_s, request, work_s)))
+            found.append((request, self._promise(now_s, request, work_s)))
         return found
 
     def retry_after_s(self, request: T) -> float:
         """What one that had to give way is to be told."""
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
-        return self._promise(hash(request.fingerprint), self._clock(), request, work_s)
+        return self._promise(self._clock(), request, work_s)

@@ -171,7 +171,7 @@ class Service:
             cpu_pressure=pressure.cpu_stall,
             io_pressure=pressure.io_stall,
             threads=cache.n_threads or self.context.n_threads,
-            threads_reason=threads.reason if threads else "not governed",
+            threads_reason=threads.reason if threads and self.cpu_governor and self.cpu_governor.engine else "fixed",
             concurrency_limit=min(engine.settings.parallel, verdict.limit) if verdict else engine.settings.parallel,
             admission=engine.waiting.policy.name,
             admission_reason=verdict.reason if verdict else "",
