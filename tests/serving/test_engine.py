@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from kvpsi.admission import QueueFullError, TooLateError
+from kvpsi.admission import QueueFullError, TooLateError, WaitedTooLongError
 from kvpsi.admission.policies import Static
 from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import KvpsiError, PromptTooLongError
 from kvpsi.kv import CacheSettings
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
-from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError, WaitedTooLongError
+from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError
 from kvpsi.serving.request import Chosen, Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings
 from kvpsi.serving.step import EVEN_PIECE_TOKENS

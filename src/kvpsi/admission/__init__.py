@@ -3,7 +3,14 @@
 Pure like the control law: no I/O, no threads, and the clock is passed in.
 """
 
-from kvpsi.admission.admission import Admission, Places, QueueFullError, TooLateError
+from kvpsi.admission.admission import (
+    Admission,
+    Places,
+    QueueFullError,
+    TooLateError,
+    TurnedAwayError,
+    WaitedTooLongError,
+)
 from kvpsi.admission.policies import POLICIES, AdmissionPolicy, Load, Pressure, Verdict, policy_named
 
 __all__ = [
@@ -15,6 +22,8 @@ __all__ = [
     "Pressure",
     "QueueFullError",
     "TooLateError",
+    "TurnedAwayError",
     "Verdict",
+    "WaitedTooLongError",
     "policy_named",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kvpsi.admission.costs import Costs
 from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Load, Verdict
 from kvpsi.admission.promises import Promise, Promises
-from kvpsi.admission.queue import FairQueue
+from kvpsi.admission.queue import FairQueue, Waits
 from kvpsi.errors import KvpsiError
 
 _LEAST_RETRY_S = 1.0
@@ -21,30 +21,43 @@ _DEADLINES_KNOWN_S = 60.0
 _LOOK_S = 0.05
 
 
-class QueueFullError(KvpsiError):
-    """There is no place for one more. ``retry_after_s`` is when there should be one, as things go now."""
+class TurnedAwayError(KvpsiError):
+    """A request has to come again. ``retry_after_s`` is when there should be room, as things go now."""
 
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(f"Too many requests are waiting; try again in {math.ceil(retry_after_s)} s.")
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class TooLateError(KvpsiError):
-    """It would not be answered before its deadline. ``retry_after_s`` is when it should be, as things go now."""
+class QueueFullError(TurnedAwayError):
+    """There is no place for one more."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"Too many requests are waiting; try again in {math.ceil(retry_after_s)} s.", retry_after_s)
+
+
+class TooLateError(TurnedAwayError):
+    """It would not be answered before its deadline."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(
             f"The answer would come too late, as others wait before it; try again in {math.ceil(retry_after_s)} s, or "
-            "allow more time."
+            "allow more time.",
+            retry_after_s,
         )
-        self.retry_after_s = retry_after_s
 
 
-class Asks(Protocol):
+class WaitedTooLongError(TurnedAwayError):
+    """The time passed in which it was to begin."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("The request waited too long for its turn; try again later.", retry_after_s)
+
+
+class Asks(Waits, Protocol):
     """What asks to be admitted.
 
     Attributes:
-        urgency, flow, begin_by_s: as for `kvpsi.admission.queue.FairQueue`.
         arrived_s: when it came.
         wanted_by_s: clock time at which its answer is worth nothing any more.
         n_prompt: tokens of its prompt.
@@ -52,12 +65,6 @@ class Asks(Protocol):
         fingerprint: the same when the same client asks the same again.
     """
 
-    @property
-    def urgency(self) -> int: ...
-    @property
-    def flow(self) -> str: ...
-    @property
-    def begin_by_s(self) -> float: ...
     @property
     def arrived_s(self) -> float: ...
     @property
@@ -277,14 +284,14 @@ class Admission(Generic[T]):
         """Let one that had begun wait again, before all others."""
         self._queue.put_back(request, self.costs.work_s(request.n_prompt, request.max_tokens))
 
-    def overdue(self) -> list[tuple[T, float]]:
-        """Take out those that were not begun in time, and after how many seconds they may come again."""
+    def overdue(self) -> list[tuple[T, WaitedTooLongError]]:
+        """Take out those that were not begun in time, and what they are to be told."""
         now_s = self._clock()
         found = []
         for request in self._queue.overdue(now_s):
             work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
             self.turned.late += 1
-            found.append((request, self._promise(now_s, request, work_s)))
+            found.append((request, WaitedTooLongError(self._promise(now_s, request, work_s))))
         return found
 
     def retry_after_s(self, request: T) -> float:

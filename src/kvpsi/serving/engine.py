@@ -66,14 +66,6 @@ _MOST_RECENT = 2048
 _STEP_CELLS = 256
 
 
-class WaitedTooLongError(KvpsiError):
-    """The time passed in which a request was to begin. ``retry_after_s`` is when there should be room."""
-
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__("The request waited too long for its turn; try again later.")
-        self.retry_after_s = retry_after_s
-
-
 class ShuttingDownError(KvpsiError):
     """The engine ends before the answer does."""
 
@@ -384,9 +376,7 @@ class Engine:
             for request in [r for r in cancelled if self.waiting.discard(r)]:
                 self._forget_paused(request)
                 self.counters.cancelled += 1
-            failed: list[tuple[Request, KvpsiError]] = [
-                (request, WaitedTooLongError(retry_s)) for request, retry_s in self.waiting.overdue()
-            ]
+            failed: list[tuple[Request, KvpsiError]] = [*self.waiting.overdue()]
             turned_away, self._turned_away = self._turned_away, []
             failed += [(request, QueueFullError(self.waiting.retry_after_s(request))) for request in turned_away]
             limit = min(self.settings.parallel, self.waiting.limit())

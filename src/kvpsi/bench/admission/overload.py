@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def _overload(plan: Plan, subject: Subject, sustainable: float, seed: int) -> Ov
 
     def watch() -> None:
         while not ended.wait(_LOOK_S):
-            waiting.append(subject.status()["waiting"])
+            with contextlib.suppress(OSError):  # it is being ended, as after Ctrl-C
+                waiting.append(subject.status()["waiting"])
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -10,9 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from kvpsi.admission import QueueFullError, TooLateError
+from kvpsi.admission import TurnedAwayError
 from kvpsi.errors import CacheRefusedError, EnvironmentProblem, KvpsiError, PromptTooLongError, UsageError
-from kvpsi.serving.engine import ShuttingDownError, WaitedTooLongError
+from kvpsi.serving.engine import ShuttingDownError
 
 _KINDS = {
     400: "invalid_request_error",
@@ -54,7 +54,7 @@ def as_api_error(error: KvpsiError) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded", param="messages")
     if isinstance(error, UsageError):
         return ApiError(400, str(error))
-    if isinstance(error, QueueFullError | TooLateError | WaitedTooLongError):
+    if isinstance(error, TurnedAwayError):
         return ApiError(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, ShuttingDownError | CacheRefusedError | EnvironmentProblem):
         return ApiError(503, str(error))
