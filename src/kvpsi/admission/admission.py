@@ -169,7 +169,7 @@ class Admission(Generic[T]):
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
         self._note_deadline(now_s, request, work_s)
         expected = len(self._promises) > 0 and self._promises.take_up(hash(request.fingerprint), now_s)
-        if not expected and self._is_scarce(now_s, request, work_s):
+        if self._is_too_late(now_s, request, work_s) if expected else self._is_scarce(now_s, request, work_s):
             self.turned.late += 1
             raise TooLateError(self._promise(now_s, request, work_s))
         # places that were promised are there beside those of the queue
@@ -206,10 +206,14 @@ class Admission(Generic[T]):
         return last.request
 
     def _wait_s(self, request: T, places: Places) -> float:
-        """Until it could begin: what waits before it, and half of what is begun, as places become free one by one."""
+        """Until it could begin: what waits before it, and until the first place is free.
+
+        Of n answers that share the engine, of which what is left lies evenly between nothing and all, the first ends
+        after 2 / (n + 1) of the work that is left in all of them.
+        """
         if not len(self._queue) and places.running < self._limit(places):
             return 0.0
-        return self._queue.work_s(request.urgency) + places.work_s / 2
+        return self._queue.work_s(request.urgency) + 2 * places.work_s / (places.running + 1)
 
     def _is_scarce(self, now_s: float, request: T, work_s: float) -> bool:
         """Whether it would wait longer than it may."""
@@ -225,11 +229,19 @@ class Admission(Generic[T]):
         # who was told to come again goes first, but nobody is turned away for them while nobody waits
         return len(self._queue) > 0 and wait_s + self._promises.work_s(now_s + allowed_s) > allowed_s
 
-    def _allowed_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
-        """How long it may wait for its begin, with a margin as nobody knows how long answers get."""
+    def _is_too_late(self, now_s: float, request: T, work_s: float) -> bool:
+        """Whether it would not be done in time even if it began at once, beside others."""
+        return self.policy.foresees and self._until_begin_s(now_s, request, work_s, self._places()) < 0
+
+    def _until_begin_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
+        """By when it has to begin, with a margin as nobody knows how long answers get."""
         at_once = min(self._limit(places), places.running + len(self._queue) + 1)
-        until_end_s = (request.wanted_by_s - now_s) / _MARGIN - work_s * at_once
-        return max(0.0, min(until_end_s, (request.begin_by_s - now_s) / _MARGIN))
+        return (request.wanted_by_s - now_s) / _MARGIN - work_s * at_once
+
+    def _allowed_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
+        """How long it may wait for its begin."""
+        until_begin_s = self._until_begin_s(now_s, request, work_s, places)
+        return max(0.0, min(until_begin_s, (request.begin_by_s - now_s) / _MARGIN))
 
     def _limit(self, places: Places) -> int:
         return places.parallel if self.verdict is None else max(1, self.verdict.limit)

@@ -63,5 +63,6 @@ class Costs:
         return n_prompt * prompt_s + n_answer * answer_s
 
     def left_to_write(self, n_generated: int, max_tokens: int) -> float:
-        """Tokens that an answer will probably still get."""
-        return max(1.0, min(max_tokens - n_generated, self._answer_tokens - n_generated))
+        """Tokens that an answer will probably still get; one that is longer than most may get much longer."""
+        usual = max(self._answer_tokens - n_generated, self._answer_tokens / 2)
+        return max(1.0, min(max_tokens - n_generated, usual))

@@ -49,7 +49,8 @@ class Asker:
     Attributes:
         url: of whom.
         n_predict: tokens of an answer, at most.
-        deadline_s: which the server is told of, and after which nobody tries again.
+        deadline_s: after which an answer is worth nothing: the server is told how much of it is left, and nobody tries
+            again later.
     """
 
     url: str
@@ -59,13 +60,13 @@ class Asker:
     def ask(self, prompt: str, began_s: float, until_s: float) -> Outcome:
         """Ask, and again when the server says so while that makes sense; not waited for beyond ``until_s``."""
         sent_s = time.monotonic()
-        headers = {"Prefer": f"wait={self.deadline_s:g}"}
         n_attempts = 0
         while True:
             n_attempts += 1
             before_s = time.monotonic() - sent_s
             left_s = max(_LEAST_S, until_s - time.monotonic())
             messages = [said_by("user", prompt)]
+            headers = {"Prefer": f"wait={max(1.0, self.deadline_s - before_s):.1f}"}
             made = attempt(self.url, messages, self.n_predict, headers=headers, timeout_s=left_s)
             again_s = made.retry_after_s
             if made.status != 429 or again_s is None:
