@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import random
@@ -132,6 +133,23 @@ def test_what_cannot_be_answered_in_time_is_turned_away_at_once() -> None:
         plain.ask()
         plain.go_on(0.01)
     plain.ask(wanted_by_s=plain.clock.now_s + 10)  # a policy that does not foresee takes it
+
+
+def test_so_few_are_answered_at_once_that_they_are_done_in_time() -> None:
+    engine = Engine(parallel=8, most=100)
+    assert engine.admission.limit() == 8
+    for _ in range(30):
+        with contextlib.suppress(TooLateError):
+            engine.ask(wanted_by_s=engine.clock.now_s + 8)
+        engine.go_on(0.2)
+    assert engine.admission.limit() == 4, "an answer takes a second alone, and may take 60 % of eight"
+    for _ in range(60):
+        with contextlib.suppress(TooLateError):
+            engine.ask(wanted_by_s=engine.clock.now_s + 0.5)
+        engine.go_on(0.2)
+    assert engine.admission.limit() == 2
+    engine.go_on(70)
+    assert engine.admission.limit() == 8
 
 
 def test_an_idle_engine_turns_nobody_away() -> None:

@@ -16,6 +16,7 @@ from kvpsi.errors import KvpsiError
 _LEAST_RETRY_S = 1.0
 _MARGIN = 1.2
 _SERVED_SHARE = 0.6
+_LEAST_AT_ONCE = 2.0  # so that nobody who is in a hurry keeps all others from being answered together
 _DEADLINE_WEIGHT = 0.1
 _DEADLINES_KNOWN_S = 60.0
 _LOOK_S = 0.05
@@ -167,8 +168,9 @@ class Admission(Generic[T]):
         now_s = self._clock()
         self._promises.expire(now_s)
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
-        self._note_deadline(now_s, request, work_s)
         expected = len(self._promises) > 0 and self._promises.take_up(hash(request.fingerprint), now_s)
+        if not expected:  # else little of its time is left
+            self._note_deadline(now_s, request, work_s)
         if self._is_too_late(now_s, request, work_s) if expected else self._is_scarce(now_s, request, work_s):
             self.turned.late += 1
             raise TooLateError(self._promise(now_s, request, work_s))
@@ -191,7 +193,7 @@ class Admission(Generic[T]):
         """Answers at once of which each is done in a good part of the time that clients give it."""
         if self._deadline_in_work is None or now_s - self._deadline_at_s > _DEADLINES_KNOWN_S:
             return math.inf
-        return max(1.0, _SERVED_SHARE * self._deadline_in_work)
+        return max(_LEAST_AT_ONCE, _SERVED_SHARE * self._deadline_in_work)
 
     def _displace(self, request: T, now_s: float, work_s: float) -> T:
         """Put it in the place of the last one, if it comes before that."""
