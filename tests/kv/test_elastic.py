@@ -464,18 +464,18 @@ def test_an_interrupted_prefill_stops_at_once_and_ends_as_if_nothing_had_been(mo
 def stop_at_once(cache: ElasticCache, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> list[bool]:
     """Have every decode that may be stopped be stopped at its first node; returns for each whether it might be."""
     asked: list[bool] = []
-    interruptibly = cache._interruptibly
+    computing = cache._computing
 
     @contextlib.contextmanager
     def stopped(ctx: Any, allowed: bool) -> Iterator[None]:
-        with interruptibly(ctx, allowed):
+        with computing(ctx, allowed):
             asked.append(allowed)
             if allowed:
                 before()
                 assert cache.interrupt()
             yield
 
-    monkeypatch.setattr(cache, "_interruptibly", stopped)
+    monkeypatch.setattr(cache, "_computing", stopped)
     return asked
 
 
