@@ -140,9 +140,6 @@ class Admission(Generic[T]):
     def __len__(self) -> int:
         return len(self._queue)
 
-    def __contains__(self, request: T) -> bool:
-        return request in self._queue
-
     def __iter__(self) -> Iterator[T]:
         return iter(self._queue)
 

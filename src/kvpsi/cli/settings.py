@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from kvpsi.kv import CacheSettings
 
 
+def levels_in(text: str, example: str) -> tuple[int, ...]:
+    """What --levels asks for."""
+    try:
+        return tuple(int(level) for level in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--levels {text} is not a list of numbers; give them as {example}.") from error
+
+
 def cache_settings(keep: int, tail: int, turn: int, min_prune: int) -> CacheSettings:
     """What --keep, --tail, --turn and --min-prune ask for."""
     from kvpsi.kv import CacheSettings

@@ -59,8 +59,7 @@ def allowed_cpus() -> frozenset[int]:
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs' worth of time that the tightest cgroup above this process allows; None without a quota."""
-    quotas = [_quota_of(directory) for directory in locate_cgroups(root).cpu]
-    return min((quota for quota in quotas if quota is not None), default=None)
+    return min(_quotas_of(locate_cgroups(root)).values(), default=None)
 
 
 def parse_cpu_max(text: str) -> float | None:
@@ -117,7 +116,7 @@ class CpuSource:
         self._own: PressureFiles | None = None
         self._membership = ""
         self._cgroups = Cgroups()
-        self._limited: list[tuple[CgroupDirectory, HotFile]] = []
+        self._limited: dict[CgroupDirectory, HotFile] = {}
         self._quota_cpus: float | None = None
         self._located_s = self._looked_s = float("-inf")
         self._last: tuple[float, float, frozenset[int], int | None] | None = None
@@ -148,7 +147,7 @@ class CpuSource:
 
     def close(self) -> None:
         """Give back file descriptors; may be called twice."""
-        for file in (self._stat, self._membership_file, *(file for _, file in self._limited)):
+        for file in (self._stat, self._membership_file, *self._limited.values()):
             file.close()
         self._system.close()
         if self._own is not None:
@@ -172,20 +171,17 @@ class CpuSource:
         if membership != self._membership or not 0 <= now_s - self._located_s < _LOCATE_INTERVAL_S:
             self._membership, self._located_s = membership, now_s
             self._adopt(locate_cgroups(self._root))
-        quotas = [_quota_of(directory) for directory in self._cgroups.cpu]
-        self._quota_cpus = min((quota for quota in quotas if quota is not None), default=None)
-        for directory, quota in zip(self._cgroups.cpu, quotas, strict=True):
-            known = [file for each, file in self._limited if each == directory]
-            if quota is not None and not known:
-                file = HotFile(directory.path / "cpu.stat", keep_open=self._keep_open)
-                self._limited.append((directory, file))
+        quotas = _quotas_of(self._cgroups)
+        self._quota_cpus = min(quotas.values(), default=None)
+        for directory in quotas.keys() - self._limited.keys():
+            self._limited[directory] = HotFile(directory.path / "cpu.stat", keep_open=self._keep_open)
 
     def _adopt(self, cgroups: Cgroups) -> None:
         if cgroups == self._cgroups:
             return
-        for _, file in self._limited:
+        for file in self._limited.values():
             file.close()
-        self._limited, self._periods = [], {}
+        self._limited, self._periods = {}, {}
         if self._own is not None:
             self._own.close()
         self._cgroups, own = cgroups, cgroups.pressure
@@ -196,7 +192,7 @@ class CpuSource:
     def _throttled_share(self) -> float:
         """Of the periods since the last look, those in which a quota ran out, where that was worst."""
         worst = 0.0
-        for directory, file in self._limited:
+        for directory, file in self._limited.items():
             try:
                 found = parse_flat_keyed(file.read(), ("nr_periods", "nr_throttled"))
             except (OSError, MalformedTextError):
@@ -216,6 +212,12 @@ class CpuSource:
                 except (OSError, MalformedTextError):
                     continue
         return None
+
+
+def _quotas_of(cgroups: Cgroups) -> dict[CgroupDirectory, float]:
+    """The quotas of those that have one."""
+    quotas = {directory: _quota_of(directory) for directory in cgroups.cpu}
+    return {directory: quota for directory, quota in quotas.items() if quota is not None}
 
 
 def _quota_of(directory: CgroupDirectory) -> float | None:

@@ -116,8 +116,7 @@ class Adaptive:
         )
         target = self._target(load, state)
         reason = f"{load.running} answers at {1000 * (load.token_s or 0):.0f} ms a token"
-        most = self._most(load, state) if held else target
-        if held and target > most:
+        if held and target > (most := self._most(load, state)):
             target, reason = most, held
         pace_s = s.up_s if target > state.limit else s.down_s
         limit = state.limit + (1 - math.exp(-elapsed_s / pace_s)) * (target - state.limit)

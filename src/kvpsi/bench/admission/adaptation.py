@@ -49,9 +49,8 @@ def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation
         for prompt in prompts:
             if ended.is_set():
                 return
-            began = time.monotonic()
-            made = attempt(subject.url, [said_by("user", prompt)], n_predict, timeout_s=60, ended=ended)
-            times.extend(began + text_s for text_s in made.text_s)
+            messages = [said_by("user", prompt)]
+            attempt(subject.url, messages, n_predict, timeout_s=60, ended=ended, on_text=times.append)
 
     prompts = draw(_CLIENTS * 200, seed)
     began = time.monotonic()

@@ -103,7 +103,7 @@ def closed_loop(asker: Asker, prompts: Sequence[str], n_clients: int, limit_s: f
             if time.monotonic() - began < limit_s:
                 found.append(asker.ask(prompt, began, began + limit_s))
 
-    _together([lambda number=number: client(number) for number in range(n_clients)])  # type: ignore[misc]
+    together([lambda number=number: client(number) for number in range(n_clients)])  # type: ignore[misc]
     return found
 
 
@@ -124,11 +124,11 @@ def open_loop(asker: Asker, prompts: Sequence[str], times: Sequence[float], limi
         time.sleep(max(0.0, began + at_s - time.monotonic()))
         found.append(asker.ask(prompt, began, began + limit_s))
 
-    _together([lambda p=p, t=t: client(p, t) for p, t in zip(prompts, times, strict=False)])  # type: ignore[misc]
+    together([lambda p=p, t=t: client(p, t) for p, t in zip(prompts, times, strict=False)])  # type: ignore[misc]
     return found
 
 
-def _together(work: Sequence[Callable[[], None]]) -> None:
+def together(work: Sequence[Callable[[], None]]) -> None:
     """Do all at once, and wait for all of it.
 
     Raises:

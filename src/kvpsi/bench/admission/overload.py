@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from dataclasses import dataclass
 
-from kvpsi.bench.admission.clients import Asker, arrivals, closed_loop
+from kvpsi.bench.admission.clients import Asker, arrivals, closed_loop, together
 from kvpsi.bench.admission.plan import Plan
 from kvpsi.bench.admission.server import Subject
 from kvpsi.bench.client import Attempt, attempt, said_by
@@ -85,13 +86,11 @@ def _overload(plan: Plan, subject: Subject, sustainable: float, seed: int) -> Ov
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    threads = [threading.Thread(target=client, args=each, daemon=True) for each in zip(prompts, times, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(plan.open_s + _LONGEST_S + 4 * plan.deadline_s)
-    ended.set()
-    watcher.join()
+    try:
+        together([functools.partial(client, *each) for each in zip(prompts, times, strict=True)])
+    finally:
+        ended.set()
+        watcher.join()
 
     def in_time(made: Attempt) -> bool:
         return not made.problem and made.seconds <= plan.deadline_s

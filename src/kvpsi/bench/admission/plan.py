@@ -12,6 +12,8 @@ from kvpsi.errors import UsageError
 Scenario = Literal["quota", "neighbours"]
 """``quota``: the server has half a CPU. ``neighbours``: as many busy processes as there are processors."""
 Part = Literal["closed", "open", "pace", "adaptation", "overload", "decisions"]
+RATIO_LEVEL = 8
+"""Clients at which variants are compared."""
 _PLAIN = ("--no-adapt-threads", "--pace", "0")
 
 

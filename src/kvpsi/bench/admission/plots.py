@@ -7,9 +7,8 @@ from pathlib import Path
 
 from kvpsi.bench.admission.adaptation import Adaptation
 from kvpsi.bench.admission.pace import Pace
+from kvpsi.bench.admission.plan import RATIO_LEVEL
 from kvpsi.bench.admission.report import Cell
-
-_LEVEL = 8
 
 
 def plot(folder: Path, cells: Sequence[Cell], adapted: Sequence[Adaptation], paces: Sequence[Pace]) -> list[str]:
@@ -25,7 +24,7 @@ def plot(folder: Path, cells: Sequence[Cell], adapted: Sequence[Adaptation], pac
     paths = []
     for scenario in dict.fromkeys(c.scenario for c in cells):
         for loop in ("closed", "open"):
-            mine = [c for c in cells if (c.scenario, c.loop, c.clients) == (scenario, loop, _LEVEL)]
+            mine = [c for c in cells if (c.scenario, c.loop, c.clients) == (scenario, loop, RATIO_LEVEL)]
             if mine:
                 paths.append(_latencies(folder / f"latency_{scenario}_{loop}.png", mine, f"{scenario}, {loop} loop"))
     if adapted:

@@ -10,10 +10,9 @@ from kvpsi.bench.admission.adaptation import Adaptation
 from kvpsi.bench.admission.clients import Outcome
 from kvpsi.bench.admission.overload import Overload
 from kvpsi.bench.admission.pace import Pace
-from kvpsi.bench.admission.plan import Plan, Scenario
+from kvpsi.bench.admission.plan import RATIO_LEVEL, Plan, Scenario
 from kvpsi.bench.figures import Figure, quantile
 
-_RATIO_LEVEL = 8
 _STOCK, _MATCHED, _OURS = "limits", "limits-matched", "kvpsi"
 _ADAPTIVE = "limits-adaptive"
 _LEAST_TOK_S = 0.1  # less than one token in the time that is looked at
@@ -66,11 +65,11 @@ def latency_figures(plan: Plan, cells: Iterable[Cell]) -> list[Figure]:
     by = {(c.scenario, c.variant, c.loop, c.clients): c for c in cells}
     found = []
     for scenario in plan.scenarios:
-        stock, ours = (by.get((scenario, name, "closed", _RATIO_LEVEL)) for name in (_STOCK, _OURS))
+        stock, ours = (by.get((scenario, name, "closed", RATIO_LEVEL)) for name in (_STOCK, _OURS))
         if stock and ours:
             ratio = _ratio(quantile(stock.latencies_s(), 0.95), quantile(ours.latencies_s(), 0.95))
             found.append(Figure(f"{scenario}.closed_8.p95_stock_to_kvpsi", ratio, "", 20.0, ">="))
-        matched, ours = (by.get((scenario, name, "open", _RATIO_LEVEL)) for name in (_MATCHED, _OURS))
+        matched, ours = (by.get((scenario, name, "open", RATIO_LEVEL)) for name in (_MATCHED, _OURS))
         if matched and ours:
             ratio = _ratio(quantile(matched.latencies_s(), 0.95), quantile(ours.latencies_s(), 0.95))
             good = _ratio(ours.goodput(plan.deadline_s), matched.goodput(plan.deadline_s))

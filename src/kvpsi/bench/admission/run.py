@@ -12,14 +12,13 @@ from kvpsi.bench.admission.adaptation import Adaptation
 from kvpsi.bench.admission.clients import Asker, arrivals, closed_loop, open_loop
 from kvpsi.bench.admission.overload import Overload
 from kvpsi.bench.admission.pace import Pace
-from kvpsi.bench.admission.plan import Plan, Scenario
+from kvpsi.bench.admission.plan import RATIO_LEVEL, Plan, Scenario
 from kvpsi.bench.admission.report import Cell
 from kvpsi.bench.admission.server import QUEUE, Subject, serving
 from kvpsi.bench.prompts import draw_varied
 from kvpsi.bench.table import Table
 
 Report = Callable[[str], None]
-_RATIO_LEVEL = 8
 _ADAPTING = ("limits-adaptive", "limits")
 _PACED = ("limits-matched", "kvpsi")
 _ROUNDS = 4
@@ -100,7 +99,7 @@ class Bench:
 
     def _closed(self, subject: Subject, n_clients: int) -> Cell:
         plan, asker = self.plan, Asker(subject.url, self.plan.n_predict, self.plan.deadline_s)
-        limit_s = plan.long_limit_s if n_clients == _RATIO_LEVEL else plan.limit_s
+        limit_s = plan.long_limit_s if n_clients == RATIO_LEVEL else plan.limit_s
         prompts = draw_varied(n_clients * plan.requests, plan.seed + n_clients)
         with subject.pressed():
             outcomes = closed_loop(asker, prompts, n_clients, limit_s)

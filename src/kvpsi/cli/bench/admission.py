@@ -10,6 +10,7 @@ import typer
 from kvpsi import models
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
+from kvpsi.cli.settings import levels_in
 from kvpsi.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,10 +54,7 @@ def admission(
     from kvpsi.bench.admission.plan import Plan
     from kvpsi.bench.admission.run import run
 
-    try:
-        numbers = tuple(int(level) for level in levels.split(","))
-    except ValueError as error:
-        raise UsageError(f"--levels {levels} is not a list of numbers; give them as 1,2,4,8,32.") from error
+    numbers = levels_in(levels, "1,2,4,8,32")
     with progress_on_stderr() as report:
         path = models.pull(model, report)
     plan = Plan(

@@ -10,7 +10,7 @@ import typer
 from kvpsi import models
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.errors import UsageError
+from kvpsi.cli.settings import levels_in
 
 
 def throughput(
@@ -32,10 +32,7 @@ def throughput(
 
     with progress_on_stderr() as report:
         path = models.pull(model, report)
-    try:
-        numbers = tuple(int(level) for level in levels.split(","))
-    except ValueError as error:
-        raise UsageError(f"--levels {levels} is not a list of numbers; give them as 1,2,4,8.") from error
+    numbers = levels_in(levels, "1,2,4,8")
     plan = Plan(
         model=path,
         servers=names_in(servers),
