@@ -61,12 +61,19 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        return Load(self.clock.now_s, len(self.running), self.parallel, len(self.admission))
+        return Load(self.clock.now_s, len(self.running), len(self.running), self.parallel, len(self.admission))
 
     def ask(self, **what: object) -> Asked:
         asked = Asked(arrived_s=self.clock.now_s, left_s=1.0, **what)  # type: ignore[arg-type]
         self.admission.offer(asked)
         return asked
+
+    def busy(self) -> Engine:
+        """The same, with nobody in the queue and an answer in every place."""
+        for _ in range(self.parallel):
+            self.ask()
+            self.go_on(0.02)
+        return self
 
     def go_on(self, seconds: float) -> None:
         for _ in range(round(seconds / 0.01)):
@@ -99,7 +106,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
 
 
 def test_the_more_urgent_takes_the_place_of_the_last_one() -> None:
-    engine = Engine(most=2)
+    engine = Engine(most=2).busy()
     first, second = Asked(), Asked(urgency=6)
     assert engine.admission.offer(first) is None and engine.admission.offer(second) is None
     with pytest.raises(QueueFullError):
@@ -110,7 +117,7 @@ def test_the_more_urgent_takes_the_place_of_the_last_one() -> None:
 
 
 def test_one_that_fills_the_queue_has_to_give_way_to_others() -> None:
-    engine = Engine(most=4)
+    engine = Engine(most=4).busy()
     greedy = [Asked(flow="greedy") for _ in range(4)]
     for asked in greedy:
         engine.admission.offer(asked)
@@ -146,6 +153,11 @@ def test_so_few_are_answered_at_once_that_they_are_done_in_time() -> None:
     for _ in range(60):
         with contextlib.suppress(TooLateError):
             engine.ask(wanted_by_s=engine.clock.now_s + 0.5)
+        engine.go_on(0.2)
+    assert engine.admission.limit() == 4, "those would be too late even alone, and slow down nobody"
+    for _ in range(60):
+        with contextlib.suppress(TooLateError):
+            engine.ask(wanted_by_s=engine.clock.now_s + 2)
         engine.go_on(0.2)
     assert engine.admission.limit() == 2
     engine.go_on(70)
@@ -209,3 +221,62 @@ def test_twice_the_load_is_answered_at_full_speed_and_promises_are_kept(seed: in
     assert sum(ended <= began + 60 for ended in in_time) >= 0.85 * 60, "goodput while twice as many come as can be"
     assert honoured >= 10 and kept >= 0.8 * honoured
     assert len(in_time) >= 0.9 * len(engine.finished)
+
+
+def test_a_queue_of_none_still_lets_in_whom_there_are_places_for() -> None:
+    engine = Engine(parallel=2, most=0)
+    assert not engine.admission.is_full
+    engine.ask(), engine.ask()
+    with pytest.raises(QueueFullError):
+        engine.ask()
+    engine.go_on(0.02)
+    assert engine.admission.is_full
+
+
+def test_who_begins_at_once_is_not_taken_for_waiting() -> None:
+    engine = Engine(parallel=8, most=100)
+    for _ in range(8):  # all in one moment; together they take 8 s
+        engine.ask(wanted_by_s=engine.clock.now_s + 15)
+    with pytest.raises(TooLateError):
+        engine.ask(wanted_by_s=engine.clock.now_s + 10)
+
+
+def test_who_is_turned_away_does_not_pay_for_it() -> None:
+    engine = Engine(most=2).busy()
+    engine.ask(flow="others"), engine.ask(flow="others")
+    for number in range(50):
+        with contextlib.suppress(QueueFullError):
+            engine.ask(flow="eager", name=str(number), urgency=4)
+    engine.go_on(20)
+    engine.busy()
+    eager, other = engine.ask(flow="eager", urgency=4), engine.ask(flow="new", urgency=4)
+    assert engine.admission.first_ones(2) == [eager, other]
+
+
+def test_a_promise_holds_against_those_of_others_who_came_meanwhile() -> None:
+    engine = Engine(most=4)
+    for number in range(8):
+        engine.ask(flow=f"first {number}")
+        engine.go_on(0.01)
+    with pytest.raises(QueueFullError) as caught:
+        engine.ask(name="again", flow="mine")
+    engine.go_on(caught.value.retry_after_s)
+    number = 0
+    while not engine.admission.is_full:
+        number += 1
+        engine.ask(flow=f"another {number}")
+    again = [engine.ask(name="again", flow="mine") for _ in range(2)]  # two answers to one prompt
+    assert engine.admission.first_ones(2) == again
+
+
+def test_promises_that_nobody_keeps_are_bounded_and_keep_nobody_out() -> None:
+    engine = Engine(most=64)
+    slowest_s = 0.0
+    for number in range(6000):
+        try:
+            engine.ask(name=str(number), wanted_by_s=engine.clock.now_s + 10)
+        except TooLateError as error:
+            slowest_s = max(slowest_s, error.retry_after_s)
+        engine.go_on(0.02)
+    assert slowest_s <= 600 and engine.admission.n_promises <= 4096
+    assert len(engine.finished) >= 0.9 * 120, "nobody comes again, and the engine is busy all the same"

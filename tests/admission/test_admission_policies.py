@@ -41,7 +41,9 @@ class Server:
             self.now_s += 0.05
             token_s = self.token_s * self.running if self.running else None
             waiting = wanted - self.running
-            load = Load(self.now_s, self.running, self.parallel, waiting, waits_s, token_s, None, pressure)
+            load = Load(
+                self.now_s, self.running, self.running, self.parallel, waiting, waits_s, token_s, None, pressure
+            )
             verdict, self.state = self.policy.decide(load, self.state)
             self.limit, self.reason = verdict.limit, verdict.reason
             self.running = min(wanted, max(self.running, self.limit)) if wanted > self.running else wanted
@@ -116,10 +118,10 @@ def test_hard_memory_pressure_lets_nobody_join() -> None:
 def test_prompts_that_are_read_ever_more_slowly_let_nobody_join() -> None:
     policy, state = Adaptive(), None
     for tick in range(2000):
-        verdict, state = policy.decide(Load(tick * 0.05, 4, 8, 4, 0.0, 0.005, 0.003), state)
+        verdict, state = policy.decide(Load(tick * 0.05, 4, 4, 8, 4, 0.0, 0.005, 0.003), state)
     assert verdict.limit == 8
     for tick in range(2000, 2040):
-        verdict, state = policy.decide(Load(tick * 0.05, 4, 8, 4, 0.0, 0.005, 0.03), state)
+        verdict, state = policy.decide(Load(tick * 0.05, 4, 4, 8, 4, 0.0, 0.005, 0.03), state)
     assert verdict.limit < 4
 
 
@@ -133,16 +135,17 @@ def test_after_a_pause_nothing_is_remembered() -> None:
 
 def test_the_gate_of_earlier_studies_and_a_fixed_number() -> None:
     gate = Avg10Gate()
-    assert gate.decide(Load(0, 3, 8, pressure=Pressure(cpu_avg10=0.96)), None)[0].limit == 3
-    assert gate.decide(Load(0, 0, 8, pressure=Pressure(cpu_avg10=0.96)), None)[0].limit == 0
-    assert gate.decide(Load(0, 3, 8, pressure=Pressure(cpu_avg10=0.95)), None)[0].limit == 8
-    assert Static(3).decide(Load(0, 5, 8), None)[0].limit == 3
-    assert Static().decide(Load(0, 5, 8), None)[0].limit == 8
+    assert gate.decide(Load(0, 3, 3, 8, pressure=Pressure(cpu_avg10=0.96)), None)[0].limit == 3
+    assert gate.decide(Load(0, 0, 0, 8, pressure=Pressure(cpu_avg10=0.96)), None)[0].limit == 0
+    assert gate.decide(Load(0, 3, 3, 8, pressure=Pressure(cpu_avg10=0.95)), None)[0].limit == 8
+    assert Static(3).decide(Load(0, 5, 5, 8), None)[0].limit == 3
+    assert Static().decide(Load(0, 5, 5, 8), None)[0].limit == 8
 
 
 LOADS = st.builds(
     Load,
     st.floats(0, 1e6),
+    st.integers(0, 32),
     st.integers(0, 32),
     st.integers(1, 32),
     st.integers(0, 10_000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from kvpsi.bench.admission.clients import Outcome, arrivals
 from kvpsi.bench.admission.decisions import measure
 from kvpsi.bench.admission.overload import Overload
 from kvpsi.bench.admission.pace import Pace
-from kvpsi.bench.admission.plan import VARIANTS, Plan
+from kvpsi.bench.admission.plan import VARIANTS, Loop, Plan
 from kvpsi.bench.admission.report import Cell
 from kvpsi.bench.admission.run import run
 from kvpsi.bench.figures import Figure
@@ -23,10 +24,10 @@ from kvpsi.errors import UsageError
 PLAN = Plan(Path("model.gguf"))
 
 
-def cell(variant: str, loop: str, latencies_s: list[float], *, cut: int = 0, seconds: float = 10.0) -> Cell:
+def cell(variant: str, loop: Loop, latencies_s: list[float], *, number: int = 0, cut: int = 0) -> Cell:
     answered = [Outcome(0.0, s, s / 2, (0.1, 0.2), 3, answered=True) for s in latencies_s]
     outcomes = (*answered, *[Outcome(0.0, 240.0, cut=True)] * cut)
-    return Cell("quota", variant, loop, 8, seconds, outcomes)
+    return Cell("quota", variant, loop, 8, number, 10.0, outcomes)
 
 
 def by_name(figures: list[Figure]) -> dict[str, Figure]:
@@ -39,7 +40,8 @@ def test_ratios_of_tail_latencies() -> None:
             PLAN,
             [
                 cell("limits", "closed", [100.0], cut=3),
-                cell("kvpsi", "closed", [8.0, 9.0, 10.0]),
+                cell("kvpsi", "closed", [9.0]),
+                cell("kvpsi", "closed", [8.0, 10.0], number=1),
                 cell("limits-matched", "open", [20.0, 29.0, 50.0, 60.0]),
                 cell("kvpsi", "open", [10.0, 15.0, 20.0]),
             ],
@@ -49,6 +51,11 @@ def test_ratios_of_tail_latencies() -> None:
     assert found["quota.closed_8.p95_stock_to_kvpsi"].met
     assert found["quota.open_8.p95_matched_to_kvpsi"].value == 3.0
     assert found["quota.open_8.goodput_to_matched"].value == pytest.approx(1.5), "after 30 s an answer is worth nothing"
+    assert found["quota.closed_8.answered"].met and found["quota.open_8.answered_to_matched"].value == 1.0
+    nothing = by_name(
+        report.latency_figures(PLAN, [cell("limits-matched", "open", [40.0]), cell("kvpsi", "open", [9.0])])
+    )
+    assert nothing["quota.open_8.goodput_to_matched"].value == 1.0, "one answer is no less than none"
 
 
 def test_a_row_tells_all_of_them() -> None:
@@ -69,9 +76,11 @@ def test_pace_threads_overload_and_decisions() -> None:
     assert played[0].each_second() == [1, 2] and played[1].each_second() == [0]
     stuck = report.adaptation_figures([played[0], Adaptation("limits", 0, 101.0, 0.0, 99.0, 10.0, 20.0, ())])
     assert by_name(stuck)["threads.tok_s_beside_neighbours_to_fixed"].value == 500.0
-    overload = Overload("kvpsi", 1.0, 2.0, 0.95, 120, 60, 0, 60, 50, 64, 70.0)
+    overload = Overload("kvpsi", 1.0, 2.0, 0.95, 120, 60, 0, 0, 60, 50, 64, 70.0)
     figures = by_name(report.overload_figures({"quota": overload}, 64))
     assert all(figure.met for figure in figures.values()) and len(figures) == 4
+    for_ever = dataclasses.replace(overload, told_too_long=10)
+    assert by_name(report.overload_figures({"quota": for_ever}, 64))["quota.overload.kept_promises"].met is False
     assert [f.met for f in report.decision_figures({1: 10.0, 10_000: 20.0})] == [True, True]
 
 
@@ -89,6 +98,7 @@ def test_arrivals_come_at_their_rate_and_the_same_for_a_seed() -> None:
         {"parts": ()},
         {"levels": ()},
         {"levels": (0,)},
+        {"rounds": 0},
         {"open_s": 0.0},
     ],
 )
@@ -112,6 +122,7 @@ def test_the_smallest_run_with_real_servers(board_places: BoardPlaces, default_m
         scenarios=("quota",),
         variants=("baseline", "kvpsi"),
         parts=("closed", "open"),
+        rounds=1,
         levels=(2,),
         requests=1,
         open_s=8.0,

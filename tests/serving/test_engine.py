@@ -19,9 +19,10 @@ from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import KvpsiError, PromptTooLongError
 from kvpsi.kv import CacheSettings
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
-from kvpsi.serving.engine import Engine, EngineSettings, ShuttingDownError
+from kvpsi.serving.engine import Engine, ShuttingDownError
 from kvpsi.serving.request import Chosen, Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings
+from kvpsi.serving.settings import EngineSettings
 from kvpsi.serving.step import EVEN_PIECE_TOKENS
 
 pytestmark = pytest.mark.engine
@@ -280,7 +281,7 @@ def test_the_more_urgent_is_answered_first_and_may_take_a_place(context: ServedC
         _, failed = low.result()
         assert isinstance(failed, Failed) and isinstance(failed.error, QueueFullError)
         assert urgent.finished()[1].queued_s < usual.finished()[1].queued_s
-        assert engine.waiting.turned.displaced == 1
+        assert engine.admission.turned.displaced == 1
     context.cache.clear()
 
 

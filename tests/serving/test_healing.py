@@ -11,7 +11,8 @@ import pytest
 from kvpsi.kv import CacheSettings
 from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.engine import Engine
+from kvpsi.serving.settings import EngineSettings
 from serving.test_engine import STORY, ask, opened
 from serving.test_pausing import chances
 

@@ -16,7 +16,7 @@ def play(pace: Pace, steps: int, *, long: bool) -> list[str]:
     for _ in range(steps):
         turn = pace.turn()
         if turn is Turn.PROMPTS or (turn is Turn.SHORT_PROMPTS and not long):
-            pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
+            pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True, is_long=True)
             done.append("prompt")
         else:
             pace.note_answers(ANSWER_S)
@@ -40,11 +40,11 @@ def test_pieces_of_a_long_prompt_keep_their_distance() -> None:
 
 def test_the_first_prompt_beside_answers_is_read_at_once() -> None:
     pace = Pace(1.5)
-    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=False)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=False, is_long=True)
     pace.note_answers(ANSWER_S)
     assert pace.turn() is Turn.PROMPTS
-    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
-    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True, is_long=True)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True, is_long=True)
     for _ in range(20):
         pace.note_answers(ANSWER_S)
         assert pace.turn() is Turn.ANSWERS

@@ -15,7 +15,8 @@ import pytest
 
 from kvpsi.kv.spill import Spilled, SpillFolder
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.engine import Engine
+from kvpsi.serving.settings import EngineSettings
 from kvpsi.serving.step import EVEN_PIECE_TOKENS
 from serving.test_engine import STORY, ask, opened
 

@@ -13,9 +13,10 @@ import pytest
 from kvpsi.kv import CacheSettings
 from kvpsi.kv.spill import SpillFolder
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.engine import Engine
 from kvpsi.serving.request import Failed, Text
 from kvpsi.serving.rungs import PausedAnswer
+from kvpsi.serving.settings import EngineSettings
 from serving.test_engine import STORY, Asked, ask, opened
 
 pytestmark = pytest.mark.engine

@@ -9,11 +9,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kvpsi.admission.costs import Costs
 from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Load, Verdict
-from kvpsi.admission.promises import Promise, Promises
+from kvpsi.admission.promises import Patience, Promise, Promises
 from kvpsi.admission.queue import FairQueue, Waits
 from kvpsi.errors import KvpsiError
 
-_LEAST_RETRY_S = 1.0
+_LEAST_RETRY_S, _LONGEST_RETRY_S = 1.0, 600.0
 _MARGIN = 1.2
 _SERVED_SHARE = 0.6
 _LEAST_AT_ONCE = 2.0  # so that nobody who is in a hurry keeps all others from being answered together
@@ -151,7 +151,7 @@ class Admission(Generic[T]):
     @property
     def is_full(self) -> bool:
         """Whether the next one would be turned away."""
-        return len(self._queue) >= self.most
+        return len(self._queue) >= self.most + self._free(self._places())
 
     # -- coming --------------------------------------------------------------------------------------------------
 
@@ -165,16 +165,20 @@ class Admission(Generic[T]):
         now_s = self._clock()
         self._promises.expire(now_s)
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
-        expected = len(self._promises) > 0 and self._promises.take_up(hash(request.fingerprint), now_s)
+        key = hash(request.fingerprint) if self._promises.expects(now_s) else 0
+        expected = self._promises.is_due(key, now_s)
         if not expected:  # else little of its time is left
             self._note_deadline(now_s, request, work_s)
         if self._is_too_late(now_s, request, work_s) if expected else self._is_scarce(now_s, request, work_s):
             self.turned.late += 1
+            self._promises.settle(key, now_s, kept=False)
             raise TooLateError(self._promise(now_s, request, work_s))
         # places that were promised are there beside those of the queue
-        if len(self._queue) >= self.most * (2 if expected else 1):
+        if len(self._queue) >= self.most * (2 if expected else 1) + self._free(self._places()):
             return self._displace(request, now_s, work_s)
         self._queue.put(request, work_s, at_once=expected)
+        if expected:
+            self._promises.settle(key, now_s, kept=True)
         return None
 
     def _note_deadline(self, now_s: float, request: T, work_s: float) -> None:
@@ -182,6 +186,8 @@ class Admission(Generic[T]):
         if request.wanted_by_s == math.inf or work_s <= 0:
             return
         times = (request.wanted_by_s - now_s) / work_s
+        if times < 1:  # it would be too late even alone, so that others need not hurry for it
+            return
         before = self._deadline_in_work
         self._deadline_in_work = times if before is None else before + _DEADLINE_WEIGHT * (times - before)
         self._deadline_at_s = now_s
@@ -195,11 +201,10 @@ class Admission(Generic[T]):
     def _displace(self, request: T, now_s: float, work_s: float) -> T:
         """Put it in the place of the last one, if it comes before that."""
         last = self._queue.last()
-        entry = self._queue.put(request, work_s)
-        if last is None or entry.key >= last.key or last.key[0] < 0:
-            self._queue.discard(request)
+        if last is None or self._queue.key_of(request) >= last.key or last.key[0] < 0:
             self.turned.full += 1
             raise QueueFullError(self._promise(now_s, request, work_s))
+        self._queue.put(request, work_s)
         self._queue.discard(last.request)
         self.turned.displaced += 1
         return last.request
@@ -208,11 +213,14 @@ class Admission(Generic[T]):
         """Until it could begin: what waits before it, and until the first place is free.
 
         Of n answers that share the engine, of which what is left lies evenly between nothing and all, the first ends
-        after 2 / (n + 1) of the work that is left in all of them.
+        after 2 / (n + 1) of the work that is left in all of them. Those for whom there are places begin at once.
         """
-        if not len(self._queue) and places.running < self._limit(places):
+        n_waiting, n_free = len(self._queue), self._free(places)
+        if n_waiting < n_free:
             return 0.0
-        return self._queue.work_s(request.urgency) + 2 * places.work_s / (places.running + 1)
+        waiting_s = self._queue.work_s(request.urgency)
+        beginning_s = waiting_s * n_free / n_waiting if n_waiting else 0.0
+        return waiting_s - beginning_s + 2 * (places.work_s + beginning_s) / (places.running + n_free + 1)
 
     def _is_scarce(self, now_s: float, request: T, work_s: float) -> bool:
         """Whether it would wait longer than it may."""
@@ -245,26 +253,35 @@ class Admission(Generic[T]):
     def _limit(self, places: Places) -> int:
         return places.parallel if self.verdict is None else max(1, self.verdict.limit)
 
+    def _free(self, places: Places) -> int:
+        """Places that nobody has yet."""
+        return max(0, min(places.parallel, self._limit(places)) - places.running)
+
     def _promise(self, now_s: float, request: T, work_s: float) -> float:
-        """After how many seconds there will be a place for it, which is kept."""
+        """After how many seconds there will be a place for it, which is kept unless that is very long."""
         key = hash(request.fingerprint)
         due_s = self._promises.due_s(key)
         if due_s is not None and due_s > now_s:
             return due_s - now_s
         places = self._places()
-        backlog_s = self._wait_s(request, places) + self._promises.work_s()
-        allowed_s = self._allowed_s(now_s, request, work_s, places)
-        room_s = min(allowed_s, self._queue.work_s()) if self.policy.foresees else self._queue.work_s()
-        wait_s = max(_LEAST_RETRY_S, work_s, backlog_s - room_s / 2)
+        # after all who wait now: who comes again goes first, and may not make others late who were let in before
+        wait_s = max(_LEAST_RETRY_S, work_s, self._wait_s(request, places) + self._promises.most_work_s())
+        if wait_s > _LONGEST_RETRY_S:
+            return _LONGEST_RETRY_S
         if self.policy.foresees:
-            patient = now_s + wait_s < request.wanted_by_s
-            self._promises.make(key, Promise(now_s + wait_s, work_s, patient))
+            left_s = request.wanted_by_s - now_s - wait_s
+            patience = Patience.ENOUGH if left_s > work_s * self._limit(places) else Patience.SOME
+            self._promises.make(key, Promise(now_s + wait_s, work_s, patience if left_s > 0 else Patience.NONE))
         return wait_s
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
     def limit(self) -> int:
-        """How many answers may be begun now, as the policy decides from time to time."""
+        """How many answers may be begun now."""
+        return self.look().limit
+
+    def look(self) -> Verdict:
+        """What the policy decides from time to time."""
         now_s = self._clock()
         if self.verdict is None or now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
@@ -272,9 +289,9 @@ class Admission(Generic[T]):
             most = self._in_time(now_s) if self.policy.foresees else math.inf
             if self.verdict.limit > most:
                 self.verdict = Verdict(int(most), f"more than {int(most)} at once would not be done in time")
-        return self.verdict.limit
+        return self.verdict
 
-    def longest_wait_s(self) -> float:
+    def next_wait_s(self) -> float:
         """For how long the one that is to begin next has been waiting."""
         first = self._queue.first_ones(1)
         return self._clock() - first[0].arrived_s if first else 0.0

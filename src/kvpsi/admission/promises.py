@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 import math
 from collections import OrderedDict, defaultdict
@@ -11,41 +12,63 @@ _EARLY_S = 0.75
 _LATE_S = 5.0
 _KEPT_WEIGHT = 0.1
 _MOST = 4096
+_TOGETHER_S = 0.5
+_BUCKET_S = 4.0
+
+
+class Patience(enum.Enum):
+    """What a client said of how long it waits: ``ENOUGH`` for an answer that is begun when it was told to come, not for
+    its end (``SOME``), or not even until then."""
+
+    ENOUGH = enum.auto()
+    SOME = enum.auto()
+    NONE = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """From ``due_s`` on there is room for ``work_s`` of work; ``patient`` if the client said that it waits so long."""
+    """From ``due_s`` on there is room for ``work_s`` of work."""
 
     due_s: float
     work_s: float
-    patient: bool
+    patience: Patience
 
 
 class Promises:
     """One for each request that was turned away, by what it asks, until it comes again or is too late.
 
-    Not all of them are taken up, least of all those of clients who do not wait so long; what is kept free for them is
-    the work that usually comes.
+    Not all of them are kept, and it is learned how many are. Until it is, clients are expected to come who have said
+    that they wait so long; for the others nothing is kept free, but nobody else is told to come at their time.
     """
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, Promise] = OrderedDict()
         self._by_due: list[tuple[float, int]] = []
-        self._work_s: dict[bool, defaultdict[int, float]] = {kind: defaultdict(float) for kind in (True, False)}
-        self._share_kept = {True: 1.0, False: 1.0}
+        self._work_s: dict[Patience, defaultdict[int, float]] = {each: defaultdict(float) for each in Patience}
+        self._all_work_s = dict.fromkeys(Patience, 0.0)
+        self._least_share = {Patience.ENOUGH: 1.0, Patience.SOME: 0.5, Patience.NONE: 0.0}
+        self._most_share = dict.fromkeys(Patience, 1.0)
+        self._kept: tuple[int, float] = 0, -math.inf
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def expects(self, now_s: float) -> bool:
+        """Whether anybody may come who was told to."""
+        return bool(self._open) or now_s - self._kept[1] < _TOGETHER_S
+
     def work_s(self, until_s: float = math.inf) -> float:
-        """Seconds of work that will probably come again until then."""
+        """Seconds of work that is to be expected until then."""
         return sum(
-            self._share_kept[kind] * work_s
-            for kind, by_second in self._work_s.items()
-            for second, work_s in by_second.items()
-            if second <= until_s
+            self._least_share[patience] * work_s
+            for patience, by_due in self._work_s.items()
+            for bucket, work_s in by_due.items()
+            if bucket * _BUCKET_S <= until_s
         )
+
+    def most_work_s(self) -> float:
+        """Seconds of work that may come again."""
+        return sum(self._most_share[patience] * max(0.0, work_s) for patience, work_s in self._all_work_s.items())
 
     def make(self, key: int, promise: Promise) -> None:
         """Promise it."""
@@ -54,21 +77,37 @@ class Promises:
             self._take_out(next(iter(self._open)))
         self._open[key] = promise
         heapq.heappush(self._by_due, (promise.due_s, key))
-        self._work_s[promise.patient][int(promise.due_s)] += promise.work_s
+        if len(self._by_due) > 2 * _MOST:
+            self._by_due = [(each.due_s, key) for key, each in self._open.items()]
+            heapq.heapify(self._by_due)
+        self._work_s[promise.patience][_bucket_of(promise)] += promise.work_s
+        self._all_work_s[promise.patience] += promise.work_s
 
     def due_s(self, key: int) -> float | None:
         """When it was told to come again; None if nothing was promised."""
         promise = self._open.get(key)
         return None if promise is None else promise.due_s
 
-    def take_up(self, key: int, now_s: float) -> bool:
-        """Whether this is one that was told to come now; its promise is then kept."""
+    def is_due(self, key: int, now_s: float) -> bool:
+        """Whether this is one that was told to come now.
+
+        Several answers to one prompt come one right after the other, and were turned away with the first of them.
+        """
+        before, kept_s = self._kept
+        if key == before and now_s - kept_s < _TOGETHER_S:
+            return True
+        promise = self._open.get(key)
+        return promise is not None and now_s >= promise.due_s - _EARLY_S
+
+    def settle(self, key: int, now_s: float, *, kept: bool) -> None:
+        """One that was due came, and was let in, or had no time left; nothing is done if it was not due."""
         promise = self._open.get(key)
         if promise is None or now_s < promise.due_s - _EARLY_S:
-            return False
+            return
         self._take_out(key)
-        self._share_kept[promise.patient] += _KEPT_WEIGHT * (1 - self._share_kept[promise.patient])
-        return True
+        self._note(promise, kept=kept)
+        if kept:
+            self._kept = key, now_s
 
     def expire(self, now_s: float) -> None:
         """Give up those that nobody came for."""
@@ -77,12 +116,23 @@ class Promises:
             promise = self._open.get(key)
             if promise is not None and promise.due_s == due_s:
                 self._take_out(key)
-                self._share_kept[promise.patient] *= 1 - _KEPT_WEIGHT
+                self._note(promise, kept=False)
+
+    def _note(self, promise: Promise, *, kept: bool) -> None:
+        for share in (self._least_share, self._most_share):
+            share[promise.patience] += _KEPT_WEIGHT * (kept - share[promise.patience])
 
     def _take_out(self, key: int) -> None:
         promise = self._open.pop(key, None)
         if promise is not None:
-            by_second, second = self._work_s[promise.patient], int(promise.due_s)
-            by_second[second] -= promise.work_s
-            if by_second[second] <= 1e-9:
-                del by_second[second]
+            by_due, bucket = self._work_s[promise.patience], _bucket_of(promise)
+            by_due[bucket] -= promise.work_s
+            self._all_work_s[promise.patience] -= promise.work_s
+            if not self._open:
+                self._all_work_s = dict.fromkeys(Patience, 0.0)  # no rounding is carried on
+            if by_due[bucket] <= 1e-9:
+                del by_due[bucket]
+
+
+def _bucket_of(promise: Promise) -> int:
+    return int(promise.due_s / _BUCKET_S)

@@ -11,6 +11,7 @@ URGENCIES = 8
 """Levels of urgency, 0 the most urgent; the scale of the ``Priority`` header (RFC 9218, section 4.1)."""
 USUAL_URGENCY = 3
 _FIRST_OF_ALL = -1.0
+_AT_ONCE_S = -1.0
 _MOST_FLOWS = 4096
 
 
@@ -78,16 +79,18 @@ class FairQueue(Generic[T]):
 
     def put(self, request: T, work_s: float, *, at_once: bool = False) -> Entry[T]:
         """Let one wait, ``at_once`` before all others that are as urgent."""
-        urgency = request.urgency
-        start_s = self._virtual_s[urgency]
-        if not at_once:
-            flow = (urgency, request.flow)
-            start_s = max(start_s, self._had_s.get(flow, 0.0))
-            self._had_s[flow] = start_s + work_s
-            if len(self._had_s) > _MOST_FLOWS:
-                self._forget_flows()
+        urgency, start_s, number = self.key_of(request)
+        self._had_s[request.urgency, request.flow] = start_s + work_s
+        if len(self._had_s) > _MOST_FLOWS:
+            self._forget_flows()
         self._number += 1
-        return self._add(request, (float(urgency), start_s, float(self._number)), work_s)
+        return self._add(request, (urgency, _AT_ONCE_S if at_once else start_s, number), work_s)
+
+    def key_of(self, request: T) -> tuple[float, float, float]:
+        """The order that it would have if it came now."""
+        urgency = request.urgency
+        start_s = max(self._virtual_s[urgency], self._had_s.get((urgency, request.flow), 0.0))
+        return float(urgency), start_s, float(self._number + 1)
 
     def put_back(self, request: T, work_s: float) -> Entry[T]:
         """Let one that had begun wait again, before all others."""
@@ -118,18 +121,25 @@ class FairQueue(Generic[T]):
         if entry is not None and entry.key[0] >= 0:
             urgency = request.urgency
             self._virtual_s[urgency] = max(self._virtual_s[urgency], entry.key[1])
-        return self.discard(request)
+        return self._remove(request) is not None
 
     def discard(self, request: T) -> bool:
-        """Take out one that is not wanted any more; whether it was there."""
+        """Take out one that is not wanted any more, which its flow does not pay for; whether it was there."""
+        entry = self._remove(request)
+        flow = (request.urgency, request.flow)
+        if entry is not None and entry.key[0] >= 0 and flow in self._had_s:
+            self._had_s[flow] -= entry.work_s
+        return entry is not None
+
+    def _remove(self, request: T) -> Entry[T] | None:
         entry = self._entries.pop(request, None)
         if entry is None:
-            return False
+            return None
         entry.gone = True
         self._work_s[request.urgency] -= entry.work_s
         if not self._entries:
             self._work_s = [0.0] * URGENCIES  # no rounding is carried on
-        return True
+        return entry
 
     def overdue(self, now_s: float) -> list[T]:
         """Take out those that are not worth beginning any more."""
@@ -140,8 +150,10 @@ class FairQueue(Generic[T]):
         return late
 
     def _forget_flows(self) -> None:
-        """Who has had no more than others starts anew anyway."""
+        """Who has had no more than others starts anew anyway; if that does not make room, all do."""
         self._had_s = {flow: had_s for flow, had_s in self._had_s.items() if had_s > self._virtual_s[flow[0]]}
+        if len(self._had_s) > _MOST_FLOWS // 2:
+            self._had_s.clear()
 
 
 def _is_gone(entry: Entry[T]) -> bool:

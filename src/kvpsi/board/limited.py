@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -79,7 +80,7 @@ def scope_command(limits: Limits, command: Sequence[str], *, as_root: bool, swap
     """The command in a transient scope, which systemd removes by itself."""
     properties = []
     if limits.cpus is not None:
-        properties += ["-p", f"CPUQuota={max(1, round(100 * limits.cpus))}%"]
+        properties += ["-p", f"CPUQuota={max(1, math.floor(100 * limits.cpus + 1e-6))}%"]
     if limits.memory_bytes is not None:
         properties += ["-p", f"MemoryMax={limits.memory_bytes}"]
     if not swap:
@@ -121,5 +122,6 @@ def _wait(process: subprocess.Popen[str]) -> int:
         try:
             code = process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
-            code = -signal.SIGKILL  # whoever runs the board ends it
+            process.kill()
+            code = process.wait()
     return 128 - code if code < 0 else code

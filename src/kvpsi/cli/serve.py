@@ -127,8 +127,8 @@ def serve(
     from kvpsi.engines.loading import LoadSettings, show_errors_only
 
     try:
-        from kvpsi.serving.engine import EngineSettings
         from kvpsi.serving.server import ServerSettings, serve
+        from kvpsi.serving.settings import EngineSettings
     except ImportError as error:
         raise EnvironmentProblem(
             f"The server needs packages that are not installed ({error.name}): `pip install kvpsi[serve]` does that."

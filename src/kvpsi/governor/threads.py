@@ -25,7 +25,7 @@ class ThreadSettings:
         throttled_share: share of the quota's periods that ran out early, from which on threads are too many.
         calm_hold_s: for how long there must have been room before a thread comes back.
         relapse_s: a thread that has to go within this time came back too soon: the next time it waits twice as long.
-        longest_hold_s: the most that it waits.
+        longest_hold_s: the most that it waits; one that stayed for longer than this is given the short time again.
         idle_cpus: below this the process computes nothing, so that it cannot be kept waiting either.
     """
 
@@ -85,22 +85,24 @@ def decide_threads(
     fits = max(1, min(ceiling, int(reading.allowed_cpus - state.others_cpus + settings.tolerated_cpus)))
     throttled = reading.quota_cpus is not None and reading.throttled_share >= settings.throttled_share and n > 1
     if throttled:
-        fits = n - 1
+        fits = min(fits, n - 1)
         reason = f"the CPU quota ran out in {reading.throttled_share:.0%} of its periods"
     elif fits < ceiling:
         reason = f"others use {state.others_cpus:.1f} of {reading.allowed_cpus} processors"
     waits = reading.stall is None or reading.stall.some.share >= settings.stall_share
     if fits < n and (throttled or waits or reading.own_cpus < settings.idle_cpus):
-        relapsed = now - state.raised_s < settings.relapse_s
-        hold_s = min(settings.longest_hold_s, 2 * state.hold_s) if relapsed else state.hold_s
+        stayed_s, hold_s = now - state.raised_s, state.hold_s
+        if stayed_s < settings.relapse_s:
+            hold_s = min(settings.longest_hold_s, 2 * hold_s)
+        elif stayed_s > settings.longest_hold_s:
+            hold_s = settings.calm_hold_s
         return ThreadDecision(fits, reason), replace(state, n_threads=fits, room_since_s=None, hold_s=hold_s)
     if fits <= n:
         return ThreadDecision(n, reason), replace(state, n_threads=n, room_since_s=None)
     since = now if state.room_since_s is None else state.room_since_s
     if now - since < state.hold_s:
         return ThreadDecision(n, "waiting for calm to last"), replace(state, n_threads=n, room_since_s=since)
-    hold_s = settings.calm_hold_s if now - state.raised_s > settings.longest_hold_s else state.hold_s
-    state = replace(state, n_threads=fits, room_since_s=None, raised_s=now, hold_s=hold_s)
+    state = replace(state, n_threads=fits, room_since_s=None, raised_s=now)
     return ThreadDecision(fits, reason), state
 
 

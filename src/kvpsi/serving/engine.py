@@ -12,19 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before Python 3.11
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import llama_cpp
 import numpy as np
 
-from kvpsi.admission import Admission, AdmissionPolicy, Load, Places, Pressure, QueueFullError
+from kvpsi.admission import Admission, Load, Places, Pressure, QueueFullError, Verdict
 from kvpsi.errors import (
     CacheRefusedError,
     EnvironmentProblem,
     KvpsiError,
     PromptTooLongError,
-    UsageError,
 )
 from kvpsi.kv import ElasticCache
 from kvpsi.kv.forgetting import Forgetting
@@ -35,6 +32,7 @@ from kvpsi.serving.answer import Answer
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextLostError, ServedContext
 from kvpsi.serving.conversations import Conversations, Held, Prompt
+from kvpsi.serving.counters import Counters
 from kvpsi.serving.healing import Healing
 from kvpsi.serving.memory import CacheMemory
 from kvpsi.serving.pace import Pace
@@ -44,7 +42,8 @@ from kvpsi.serving.request import Chosen, Event, Failed, Request, TokenChance
 from kvpsi.serving.rungs import ParkedConversations, PausedAnswer, RestingConversation, SavedConversations
 from kvpsi.serving.sampling import Sampler, log_probabilities, logits_of
 from kvpsi.serving.sessions import Session, Sessions
-from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, plan
+from kvpsi.serving.settings import EngineSettings
+from kvpsi.serving.step import EVEN_PIECE_TOKENS, Part, is_long_prompt, plan
 from kvpsi.serving.thread import ComputingThread, job_of
 
 log = logging.getLogger("kvpsi")
@@ -68,61 +67,6 @@ _STEP_CELLS = 256
 
 class ShuttingDownError(KvpsiError):
     """The engine ends before the answer does."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How requests share the context.
-
-    Attributes:
-        parallel: answers at once.
-        most_waiting: requests that may wait beside them.
-        chunk_beside: tokens of prompts in one decode while somebody's answer is being written.
-        admission: how many of them are begun at once; None: `kvpsi.admission.policies.Adaptive`.
-        stretch: how much longer answers may take while prompts are read; 0: answers and prompts simply take turns.
-        least_idle_s: for which nobody has been answering a conversation before it is parked, unless memory is short.
-        heals: whether what was forgotten is read again while nobody is being answered and there is room.
-    """
-
-    parallel: int = 8
-    most_waiting: int = 64
-    chunk_beside: int = EVEN_PIECE_TOKENS
-    admission: AdmissionPolicy | None = None
-    stretch: float = 2.0
-    least_idle_s: float = 10.0
-    heals: bool = True
-
-    def __post_init__(self) -> None:
-        most = int(llama_cpp.llama_max_parallel_sequences()) - 1
-        if not 1 <= self.parallel <= most:
-            raise UsageError(f"{self.parallel} answers at once cannot be; give 1 to {most} with --parallel.")
-        if self.most_waiting < 0:
-            raise UsageError(f"A queue for {self.most_waiting} requests cannot be; give 0 or more with --queue.")
-        if self.chunk_beside < 1:
-            raise UsageError("chunk_beside must be at least 1, or no prompt is ever read beside an answer.")
-        if self.stretch != 0 and not 1.05 <= self.stretch <= 100:
-            raise UsageError(
-                f"A pace of {self.stretch:g} cannot be kept: answers have to wait a little while prompts are read; "
-                "give 1.05 or more with --pace, or 0 to read them as they come."
-            )
-
-
-@dataclass(slots=True)
-class Counters:
-    """What has happened so far."""
-
-    decodes: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    finished_by: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0})
-    failed: int = 0
-    cancelled: int = 0
-    pauses: int = 0
-    forgotten_tokens: int = 0
-    busy_s: float = 0.0
-    prompt_s: float = 0.0
 
 
 class Engine:
@@ -187,7 +131,7 @@ class Engine:
             is_on=self.settings.heals,
         )
         s = self.settings
-        self.waiting: Admission[Request] = Admission(
+        self.admission: Admission[Request] = Admission(
             s.most_waiting, s.admission, time.monotonic, self._places, self._load
         )
         self.pace = Pace(s.stretch)
@@ -229,15 +173,15 @@ class Engine:
             TooLateError: it would not be answered in time.
             ShuttingDownError: the engine is closed.
         """
-        if self._closing:
-            raise ShuttingDownError("The server is shutting down; send the request elsewhere, or later.")
         n_prompt, most = len(request.prompt), self.context.n_ctx
         if n_prompt >= most:
             raise PromptTooLongError(
                 f"The prompt has {n_prompt} tokens, but the context holds {most} with the answer; shorten it."
             )
         with self._lock:
-            displaced = self.waiting.offer(request)
+            if self._closing:
+                raise ShuttingDownError("The server is shutting down; send the request elsewhere, or later.")
+            displaced = self.admission.offer(request)
             if displaced is not None:
                 self._turned_away.append(displaced)
         self._jobs.put(None)
@@ -264,6 +208,11 @@ class Engine:
         refused: Future[R] = Future()
         refused.set_exception(ShuttingDownError("The server is shutting down."))
         return refused
+
+    def verdict(self) -> Verdict:
+        """How many are answered at once now, and why."""
+        with self._lock:
+            return self.admission.look()
 
     def set_threads(self, n_threads: int) -> None:
         """Compute with so many threads from the next decode on."""
@@ -295,7 +244,7 @@ class Engine:
             log.exception("The engine ended")
             self._closing = True
             problem = EnvironmentProblem(f"The engine ended ({error}); start it again.")
-            for request in [*self.waiting, *(answer.request for answer in self.running)]:
+            for request in [*self.admission, *self._turned_away, *(answer.request for answer in self.running)]:
                 self._emit(request, Failed(problem))
             with contextlib.suppress(Exception):
                 self._flush()
@@ -309,7 +258,7 @@ class Engine:
                 self._begin_requests()
                 if self.running:
                     self._step()
-                elif not len(self.waiting) and self.healing.is_due:
+                elif not len(self.admission) and self.healing.is_due:
                     self.healing.go_on()
                 self._park_if_due()
             except ContextLostError as error:
@@ -345,7 +294,7 @@ class Engine:
 
     def _patience_s(self) -> float | None:
         """How long to wait for something to do before looking again."""
-        if len(self.waiting):
+        if len(self.admission):
             return _RETRY_S
         if self.healing.is_due:
             return _BETWEEN_PIECES_S
@@ -373,13 +322,13 @@ class Engine:
             self._end(answer)
         with self._lock:
             cancelled, self._cancelled = self._cancelled, []
-            for request in [r for r in cancelled if self.waiting.discard(r)]:
+            for request in [r for r in cancelled if self.admission.discard(r)]:
                 self._forget_paused(request)
                 self.counters.cancelled += 1
-            failed: list[tuple[Request, KvpsiError]] = [*self.waiting.overdue()]
+            failed: list[tuple[Request, KvpsiError]] = [*self.admission.overdue()]
             turned_away, self._turned_away = self._turned_away, []
-            failed += [(request, QueueFullError(self.waiting.retry_after_s(request))) for request in turned_away]
-            limit = min(self.settings.parallel, self.waiting.limit())
+            failed += [(request, QueueFullError(self.admission.retry_after_s(request))) for request in turned_away]
+            limit = min(self.settings.parallel, self.admission.limit())
         for request, error in failed:
             self._forget_paused(request)
             self._emit(request, Failed(error))
@@ -411,17 +360,17 @@ class Engine:
                     return None
                 continue
             with self._lock:
-                if self.waiting.take(request):
+                if self.admission.take(request):
                     return request
         return None
 
     def _in_order(self) -> Iterator[Request]:
         """The first of the queue; mostly that one may begin, and no other is looked at."""
         with self._lock:
-            first = self.waiting.first_ones(1)
+            first = self.admission.first_ones(1)
         yield from first
         with self._lock:
-            others = self.waiting.first_ones(_LOOKED_AT)
+            others = self.admission.first_ones(_LOOKED_AT)
         yield from (request for request in others if request not in first)
 
     def _is_ready(self, request: Request) -> bool:
@@ -450,7 +399,7 @@ class Engine:
     def _grow_for_those_who_wait(self) -> bool:
         """Grow if the first in the queue waits for cells that the context does not have; whether it did."""
         with self._lock:
-            first = self.waiting.first_ones(1)
+            first = self.admission.first_ones(1)
         return bool(first) and self._grow(self.context.cache.used_cells + self._cells_to_begin(first[0]))
 
     def _grow(self, n_cells: int) -> bool:
@@ -488,10 +437,11 @@ class Engine:
         prompt = Prompt(answer.tokens, request.pin) if answer.pauses else _prompt_of(request)
         seq_id, n_done = self.conversations.begin(prompt, running)
         answer.begin(seq_id, n_done)
+        answer.read_at = self.counters.decodes  # as if it had just had a turn, so that others' long prompts have theirs
         self.context.resume_question(seq_id, answer.question)
         self.counters.cached_tokens += n_done
         self.counters.prompt_tokens += len(answer.tokens) - n_done
-        self.waiting.costs.note_begun(len(answer.tokens), n_done)
+        self.admission.costs.note_begun(len(answer.tokens), n_done)
         self.running.append(answer)
 
     def _held_by(self, answer: Answer) -> Held:
@@ -524,18 +474,20 @@ class Engine:
 
     def _fail_all(self, error: KvpsiError) -> None:
         with self._lock:
-            waiting = list(self.waiting)
+            waiting = list(self.admission)
             for request in waiting:
-                self.waiting.discard(request)
+                self.admission.discard(request)
+            waiting += self._turned_away
+            self._turned_away = []
         for request in waiting:
             self._forget_paused(request)
             self._emit(request, Failed(error))
+        self.counters.failed += len(waiting) + len(self.running)
         for answer in list(self.running):
             self._emit(answer.request, Failed(error))
             self.running.remove(answer)
             answer.sampler.close()
             self.conversations.release(answer.seq_id)
-        self.counters.failed += len(waiting)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -562,7 +514,7 @@ class Engine:
             for answer in [a for a in self.running if a.finished]:
                 self.counters.finished += 1
                 self.counters.finished_by[answer.reason or "stop"] += 1
-                self.waiting.costs.note_end(answer.n_generated)
+                self.admission.costs.note_end(answer.n_generated)
                 self._end(answer)
         elif code == DECODE_ABORTED:
             self.memory.make_room(0)
@@ -576,15 +528,19 @@ class Engine:
         n_tokens = sum(part.n_tokens for part in parts)
         if parts[0].sequence.left_at_once == 1:
             self.pace.note_answers(elapsed_s)
-            self.waiting.costs.note_answers(n_tokens, elapsed_s)
+            self.admission.costs.note_answers(n_tokens, elapsed_s)
         else:
-            self.pace.note_prompts(n_tokens, elapsed_s, beside=any(answer.writing for answer in self.running))
-            self.waiting.costs.note_prompt(n_tokens, elapsed_s)
-            for part in parts:
-                part.sequence.read_at = self.counters.decodes
-        if not any(part.sequence.writing for part in parts):
+            is_long = any(is_long_prompt(part.sequence) for part in parts)
+            self.pace.note_prompts(n_tokens, elapsed_s, beside=self._n_writing() > 0, is_long=is_long)
+            self.admission.costs.note_prompt(n_tokens, elapsed_s)
             self.counters.prompt_s += elapsed_s
             self.conversations.note_reading(n_tokens, elapsed_s)
+            for part in parts:
+                part.sequence.read_at = self.counters.decodes
+
+    def _n_writing(self) -> int:
+        """Answers that get a token in each decode, and are not read again after a pause either."""
+        return sum(answer.left_at_once == 1 for answer in tuple(self.running))
 
     def _note_first_token(self, answer: Answer) -> None:
         n_read = max(EVEN_PIECE_TOKENS, len(answer.request.prompt) - answer.cached_tokens)
@@ -620,7 +576,7 @@ class Engine:
         self._paused[answer.request] = answer
         answer.request.begin_by_s = math.inf  # it was begun in time
         with self._lock:
-            self.waiting.put_back(answer.request)
+            self.admission.put_back(answer.request)
         if is_whole:
             self.conversations.set_aside(held)
         else:
@@ -715,7 +671,7 @@ class Engine:
 
     def _places(self) -> Places:
         """What is begun; any thread may ask."""
-        costs, running = self.waiting.costs, tuple(self.running)
+        costs, running = self.admission.costs, tuple(self.running)
         work_s = sum(
             costs.rest_s(max(0, a.left - 1), costs.left_to_write(a.n_generated, a.request.max_tokens)) for a in running
         )
@@ -723,13 +679,15 @@ class Engine:
 
     def _load(self) -> Load:
         """How busy the engine and the machine are."""
+        n_writing = self._n_writing()
         return Load(
             time_s=time.monotonic(),
             running=len(self.running),
+            writing=n_writing,
             parallel=self.settings.parallel,
-            waiting=len(self.waiting),
-            longest_wait_s=self.waiting.longest_wait_s(),
-            token_s=self.pace.token_s if any(answer.writing for answer in self.running) else None,
+            waiting=len(self.admission),
+            next_wait_s=self.admission.next_wait_s(),
+            token_s=self.pace.token_s if n_writing else None,
             first_token_s=self._first_token_s,
             pressure=self._pressure(),
         )

@@ -9,6 +9,7 @@ from kvpsi.serving.step import EVEN_PIECE_TOKENS, Turn
 
 _REMEMBERED_S = 1.0
 _GAPS = 30
+_PATIENT_GAPS = 3 * _GAPS
 
 
 class Pace:
@@ -16,7 +17,8 @@ class Pace:
 
     Time that answers took is credit for prompts: with a stretch of 2 these get as much time, in pieces of
     `EVEN_PIECE_TOKENS`. As a piece takes as long as many tokens of answers, pieces of long prompts also keep a distance
-    of so many tokens that 95 of 100 come at the usual pace; a prompt of one or two pieces is let through.
+    of so many tokens that 95 of 100 come at the usual pace; a prompt of one or two pieces is let through. Long prompts
+    have their piece after three times as many at last, however many short ones come.
 
     Args:
         stretch: how much longer answers may take while prompts are read; at most 1: the two simply take turns.
@@ -26,7 +28,7 @@ class Pace:
         self._stretch = stretch
         self._prompt_token = Speed()
         self._credit_s = math.inf
-        self._gaps = _GAPS
+        self._gaps = self._long_gaps = _PATIENT_GAPS
         self._answers_last = False
         self.token_s: float | None = None
 
@@ -36,18 +38,20 @@ class Pace:
         self.token_s = seconds if self.token_s is None else keep * self.token_s + (1 - keep) * seconds
         self._credit_s = min(self._credit_s + (self._stretch - 1) * seconds, 2 * self._piece_s)
         self._gaps += 1
+        self._long_gaps += 1
         self._answers_last = True
 
-    def note_prompts(self, n_tokens: int, seconds: float, *, beside: bool) -> None:
-        """Tokens of prompts were read, ``beside`` answers that had to wait for that."""
+    def note_prompts(self, n_tokens: int, seconds: float, *, beside: bool, is_long: bool) -> None:
+        """Tokens of prompts were read, ``beside`` answers that had to wait for that, and of long ones."""
         self._prompt_token.note(n_tokens, seconds)
         self._answers_last = False
         if beside:
             self._credit_s -= seconds
             self._gaps = 0
+            self._long_gaps = 0 if is_long else self._long_gaps
         else:
             self._credit_s = 2 * self._piece_s
-            self._gaps = _GAPS
+            self._gaps = self._long_gaps = _PATIENT_GAPS
 
     def turn(self) -> Turn:
         """What may be decoded next, if there are both."""
@@ -55,7 +59,9 @@ class Pace:
             return Turn.PROMPTS if self._answers_last else Turn.ANSWERS
         if self._credit_s < self._piece_s or not self._answers_last:
             return Turn.ANSWERS
-        return Turn.PROMPTS if self._gaps >= _GAPS else Turn.SHORT_PROMPTS
+        if self._gaps >= _GAPS or self._long_gaps >= _PATIENT_GAPS:
+            return Turn.PROMPTS
+        return Turn.SHORT_PROMPTS
 
     @property
     def _piece_s(self) -> float:

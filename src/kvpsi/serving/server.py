@@ -31,11 +31,11 @@ from kvpsi.pressure import open_source
 from kvpsi.serving.api.app import make_app
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
-from kvpsi.serving.engine import EngineSettings
 from kvpsi.serving.history import Events
 from kvpsi.serving.metrics import Latencies, StatusCollector
 from kvpsi.serving.parking import open_folder
 from kvpsi.serving.service import ModelName, Service
+from kvpsi.serving.settings import EngineSettings
 from kvpsi.serving.size import fitting_cells, wanted_cells
 from kvpsi.serving.thread import ComputingThread
 

@@ -21,11 +21,12 @@ from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure import PressureSource
 from kvpsi.serving.chat import ChatTemplate
 from kvpsi.serving.context import ServedContext
-from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.engine import Engine
 from kvpsi.serving.headroom import SensedHeadroom
 from kvpsi.serving.history import Events, History
 from kvpsi.serving.metrics import Latencies
 from kvpsi.serving.request import Event, Failed, Finished, Request
+from kvpsi.serving.settings import EngineSettings
 from kvpsi.serving.status import Status
 from kvpsi.serving.thread import ComputingThread
 
@@ -144,11 +145,11 @@ class Service:
         reading = governor.reading if governor else None
         decision = governor.decision if governor else None
         pressure, threads = self.pressure(), self.cpu_governor.decision if self.cpu_governor else None
-        verdict = engine.waiting.verdict
+        verdict = engine.verdict()
         return Status(
             model=self.name.alias,
             running=len(engine.running),
-            waiting=len(engine.waiting),
+            waiting=len(engine.admission),
             parallel=engine.settings.parallel,
             sessions=len(engine.sessions),
             sessions_bytes=engine.sessions.n_bytes,
@@ -173,7 +174,7 @@ class Service:
             threads=cache.n_threads or self.context.n_threads,
             threads_reason=threads.reason if threads and self.cpu_governor and self.cpu_governor.engine else "fixed",
             concurrency_limit=min(engine.settings.parallel, verdict.limit) if verdict else engine.settings.parallel,
-            admission=engine.waiting.policy.name,
+            admission=engine.admission.policy.name,
             admission_reason=verdict.reason if verdict else "",
             stall_s=governor.stall_s if governor else 0.0,
             releases=cache.releases,
@@ -195,8 +196,8 @@ class Service:
             finished_by=dict(counters.finished_by),
             failed=counters.failed,
             cancelled=counters.cancelled,
-            rejected=dataclasses.asdict(engine.waiting.turned),
-            promises=engine.waiting.n_promises,
+            rejected=dataclasses.asdict(engine.admission.turned),
+            promises=engine.admission.n_promises,
             pauses=counters.pauses,
             governed=governor is not None and cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),

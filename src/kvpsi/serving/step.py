@@ -23,7 +23,7 @@ class Reads(Protocol):
 
     @property
     def read_at(self) -> int:
-        """Number of the decode in which it was last read, 0 before the first."""
+        """Number of the decode in which it was last read, or of the last one before it began."""
         ...
 
 
@@ -70,7 +70,7 @@ def plan(sequences: Iterable[T], most_tokens: int, most_beside: int, turn: Turn)
     reading = sorted((s for s in waiting if s.left_at_once > 1), key=lambda s: s.read_at)
     if writing:
         if turn is Turn.SHORT_PROMPTS:
-            reading = [s for s in reading if s.left_at_once < _LONG_TOKENS]
+            reading = [s for s in reading if not is_long_prompt(s)]
         if turn is Turn.ANSWERS or not reading:
             return [Part(s, 1, s.left == 1) for s in writing[:most_tokens]]
     parts: list[Part[T]] = []
@@ -82,6 +82,11 @@ def plan(sequences: Iterable[T], most_tokens: int, most_beside: int, turn: Turn)
         parts.append(Part(sequence, n_tokens, n_tokens == sequence.left))
         room -= n_tokens
     return parts
+
+
+def is_long_prompt(sequence: Reads) -> bool:
+    """Whether so much is left to read that it is done in several pieces."""
+    return sequence.left_at_once >= _LONG_TOKENS
 
 
 def piece_of(left: int, room: int, most: int) -> int:

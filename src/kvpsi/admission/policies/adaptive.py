@@ -31,7 +31,7 @@ class AdaptiveSettings:
         cpu_stall, memory_stall, io_stall: pressure during which no more join than usually, however fast tokens come,
             and none at all while memory is short.
         held_factor: how much more slowly the usual number follows then.
-        hard_memory_stall: pressure from which on nobody joins.
+        hard_memory_stall: pressure from which on nobody joins another, and one at a time is answered.
     """
 
     tolerance: float = 1.3
@@ -98,8 +98,10 @@ class Adaptive:
         if not load.running:
             if load.time_s - state.busy_at_s > s.idle_s:
                 state = AdaptiveState(float(load.parallel), load.time_s)
+            if load.pressure.memory_stall >= s.hard_memory_stall:
+                return Verdict(1, _stalled(load)), state
             return Verdict(max(1, round(state.limit)), "nobody is being answered"), state
-        each_s = None if load.token_s is None else load.token_s / load.running
+        each_s = None if load.token_s is None else load.token_s / max(1, load.writing)
         held = self._held_by(load)
         began_s = load.time_s if state.began_s is None else state.began_s
         # at first the averages go over what there is
@@ -123,13 +125,11 @@ class Adaptive:
         state = replace(state, limit=min(float(load.parallel), max(1.0, limit)))
         whole = int(state.limit + 1e-6)
         if load.pressure.memory_stall >= s.hard_memory_stall:
-            return Verdict(
-                min(whole, load.running), f"memory stalls {load.pressure.memory_stall:.0%} of the time"
-            ), state
-        waited_long = load.longest_wait_s > s.patience_s and load.time_s - state.joined_at_s > s.patience_s
+            return Verdict(min(whole, load.running), _stalled(load)), state
+        waited_long = load.next_wait_s > s.patience_s and load.time_s - state.joined_at_s > s.patience_s
         if whole <= load.running < min(s.few, load.parallel) and waited_long:
             state = replace(state, joined_at_s=load.time_s)
-            return Verdict(load.running + 1, f"one waited for {load.longest_wait_s:.0f} s"), state
+            return Verdict(load.running + 1, f"one waited for {load.next_wait_s:.0f} s"), state
         return Verdict(whole, reason), state
 
     def _target(self, load: Load, state: AdaptiveState) -> float:
@@ -137,7 +137,7 @@ class Adaptive:
         s = self.settings
         if load.token_s is None or state.token_s is None or state.usual is None:
             return state.limit
-        each_s = load.token_s / load.running
+        each_s = load.token_s / max(1, load.writing)
         slower = each_s / state.token_s / s.slower
         if load.first_token_s and state.first_token_s:
             slower = max(slower, load.first_token_s / state.first_token_s / s.first_token_slower)
@@ -159,6 +159,10 @@ class Adaptive:
             if share >= most:
                 return f"tasks wait for {what} {share:.0%} of the time"
         return None
+
+
+def _stalled(load: Load) -> str:
+    return f"memory stalls {load.pressure.memory_stall:.0%} of the time"
 
 
 def _averaged(average: float | None, now: float | None, weight: float) -> float | None:

@@ -26,9 +26,10 @@ class Load:
     Attributes:
         time_s: now.
         running: answers that are begun.
+        writing: those of them that get a token in each decode, the others' prompts are still being read.
         parallel: the most that there are places for.
         waiting: requests in the queue.
-        longest_wait_s: for how long the first of them has been waiting.
+        next_wait_s: for how long the one that is to begin next has been waiting.
         token_s: time between two tokens of an answer, while no prompt is read; None before the first.
         first_token_s: from an answer's begin to its first token, for each token of its prompt that was read; None
             before the first.
@@ -37,9 +38,10 @@ class Load:
 
     time_s: float
     running: int
+    writing: int
     parallel: int
     waiting: int = 0
-    longest_wait_s: float = 0.0
+    next_wait_s: float = 0.0
     token_s: float | None = None
     first_token_s: float | None = None
     pressure: Pressure = Pressure()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import statistics
@@ -9,7 +10,7 @@ import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from kvpsi.admission import Admission, Load, Places
+from kvpsi.admission import Admission, Load, Places, TooLateError
 from kvpsi.admission.policies import Adaptive
 
 LEVELS = (1, 10, 100, 1000, 10_000)
@@ -34,7 +35,8 @@ class _Asked:
 
 
 def measure(seed: int, levels: Sequence[int] = LEVELS) -> dict[int, float]:
-    """Microseconds to let one in, look who is next, and take that one out, with so many in the queue: medians."""
+    """Microseconds to let one in, turn another one away until later, look who is next, and take that one out, with so
+    many in the queue: medians."""
     found: dict[int, list[float]] = {level: [] for level in levels}
     queues = {level: _queue(level, seed) for level in levels}
     rng = random.Random(seed)
@@ -42,9 +44,12 @@ def measure(seed: int, levels: Sequence[int] = LEVELS) -> dict[int, float]:
         for level in levels if number % 2 == 0 else levels[::-1]:
             admission = queues[level]
             asked = [_asked(rng) for _ in range(_DECISIONS)]
+            hurried = [_asked(rng, wait_s=1.0) for _ in range(_DECISIONS)]
             began = time.perf_counter()
-            for each in asked:
+            for each, other in zip(asked, hurried, strict=True):
                 admission.offer(each)
+                with contextlib.suppress(TooLateError):
+                    admission.offer(other)
                 admission.limit()
                 admission.overdue()
                 admission.take(admission.first_ones(1)[0])
@@ -59,14 +64,15 @@ def _queue(n_waiting: int, seed: int) -> Admission[_Asked]:
         Adaptive(),
         time.monotonic,
         lambda: Places(8, 8, 1.0),
-        lambda: Load(time.monotonic(), 8, 8, n_waiting, 1.0, 0.02, 0.001),
+        lambda: Load(time.monotonic(), 8, 8, 8, n_waiting, 1.0, 0.02, 0.001),
     )
-    admission.costs.note_answers(100, 0.001)
+    admission.costs.note_answers(100, 0.05)
     for _ in range(n_waiting):
         admission.offer(_asked(rng))
     return admission
 
 
-def _asked(rng: random.Random) -> _Asked:
+def _asked(rng: random.Random, wait_s: float = math.inf) -> _Asked:
     now_s = time.monotonic()
-    return _Asked(rng.randrange(8), str(rng.randrange(50)), now_s + rng.uniform(1e6, 2e6), now_s)
+    begin_by_s = now_s + rng.uniform(1e6, 2e6)
+    return _Asked(rng.randrange(8), str(rng.randrange(50)), begin_by_s, now_s, now_s + wait_s, name=rng.getrandbits(60))

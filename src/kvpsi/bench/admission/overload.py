@@ -27,7 +27,7 @@ class Overload:
 
     ``goodput`` are answers within the deadline of their attempt while requests arrived. Of ``honoured`` clients that
     came again when they were told, ``kept`` were answered within the deadline then. ``told_nothing`` were turned away
-    without a time.
+    without a time, ``told_too_long`` with one that the bench does not wait for, which counts as not kept.
     """
 
     variant: str
@@ -37,6 +37,7 @@ class Overload:
     requests: int
     rejected: int
     told_nothing: int
+    told_too_long: int
     honoured: int
     kept: int
     most_waiting: int
@@ -105,6 +106,7 @@ def _overload(plan: Plan, subject: Subject, sustainable: float, seed: int) -> Ov
         len(times),
         len(rejected),
         sum(made.retry_after_s is None for made in rejected),
+        sum((made.retry_after_s or 0.0) >= _LONGEST_S for made in rejected),
         len(again),
         sum(in_time(made) for _, made in again),
         max(waiting),

@@ -12,8 +12,11 @@ from kvpsi.errors import UsageError
 Scenario = Literal["quota", "neighbours"]
 """``quota``: the server has half a CPU. ``neighbours``: as many busy processes as there are processors."""
 Part = Literal["closed", "open", "pace", "adaptation", "overload", "decisions"]
+Loop = Literal["closed", "open"]
 RATIO_LEVEL = 8
 """Clients at which variants are compared."""
+COMPARED: Mapping[Loop, tuple[str, str]] = {"closed": ("limits", "kvpsi"), "open": ("limits-matched", "kvpsi")}
+"""Whose tail latencies are compared, and who is hoped to have the shorter one."""
 _PLAIN = ("--no-adapt-threads", "--pace", "0")
 
 
@@ -55,6 +58,8 @@ class Plan:
         scenarios: what makes CPU pressure.
         variants: whom to compare, of `VARIANTS`.
         parts: what is played.
+        rounds: times that what is compared is played, each with servers and neighbours of its own, as it is luck where
+            the neighbours leave threads; everything else is played once.
         levels: clients at once, in the closed loop; in the open loop as many as ask every ``think_s`` seconds.
         requests: of each client in the closed loop.
         limit_s: longest time of one level in the closed loop; what is not answered by then counts as taking so long.
@@ -73,6 +78,7 @@ class Plan:
     scenarios: tuple[Scenario, ...] = ("quota", "neighbours")
     variants: tuple[str, ...] = tuple(VARIANTS)
     parts: tuple[Part, ...] = ("decisions", "pace", "adaptation", "closed", "open", "overload")
+    rounds: int = 3
     levels: tuple[int, ...] = (1, 2, 4, 8, 32)
     requests: int = 2
     limit_s: float = 60.0
@@ -82,7 +88,7 @@ class Plan:
     deadline_s: float = 30.0
     n_predict: int = 64
     cpus: float = 0.5
-    n_ctx: int = 8192
+    n_ctx: int = 16384
     streams: int = 4
     seed: int = 1
 
@@ -98,7 +104,10 @@ class Plan:
                 raise UsageError(f"The {name} are {', '.join(known)}, not {', '.join(given) or 'none'}.")
         if not self.levels:
             raise UsageError("Name one level at least.")
-        if min(*self.levels, self.requests, self.n_predict, self.streams) < 1 or min(self.limit_s, self.open_s) <= 0:
-            raise UsageError("Levels, requests, tokens, streams and times are at least 1.")
+        if (
+            min(*self.levels, self.rounds, self.requests, self.n_predict, self.streams) < 1
+            or min(self.limit_s, self.open_s) <= 0
+        ):
+            raise UsageError("Rounds, levels, requests, tokens, streams and times are at least 1.")
         if max(self.levels) > 256:
             raise UsageError("More than 256 clients say more about them than about the server; lower --levels.")

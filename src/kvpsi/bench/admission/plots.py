@@ -8,7 +8,7 @@ from pathlib import Path
 from kvpsi.bench.admission.adaptation import Adaptation
 from kvpsi.bench.admission.pace import Pace
 from kvpsi.bench.admission.plan import RATIO_LEVEL
-from kvpsi.bench.admission.report import Cell
+from kvpsi.bench.admission.report import Cell, pooled
 
 
 def plot(folder: Path, cells: Sequence[Cell], adapted: Sequence[Adaptation], paces: Sequence[Pace]) -> list[str]:
@@ -24,7 +24,8 @@ def plot(folder: Path, cells: Sequence[Cell], adapted: Sequence[Adaptation], pac
     paths = []
     for scenario in dict.fromkeys(c.scenario for c in cells):
         for loop in ("closed", "open"):
-            mine = [c for c in cells if (c.scenario, c.loop, c.clients) == (scenario, loop, RATIO_LEVEL)]
+            all_of_them = [pooled(cells, scenario, v, loop) for v in dict.fromkeys(c.variant for c in cells)]
+            mine = [cell for cell in all_of_them if cell]
             if mine:
                 paths.append(_latencies(folder / f"latency_{scenario}_{loop}.png", mine, f"{scenario}, {loop} loop"))
     if adapted:
@@ -42,7 +43,13 @@ def _latencies(path: Path, cells: Sequence[Cell], title: str) -> str:
         values = sorted(cell.latencies_s())
         shares = [(i + 1) / len(values) for i in range(len(values))]
         axis.step(values, shares, where="post", label=f"{cell.variant} ({len(values)})")
-    axis.set(xscale="log", xlabel="latency, s", ylabel="share of requests", ylim=(0, 1), title=f"{title}, 8 clients")
+    axis.set(
+        xscale="log",
+        xlabel="latency, s",
+        ylabel="share of requests",
+        ylim=(0, 1),
+        title=f"{title}, {RATIO_LEVEL} clients",
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)

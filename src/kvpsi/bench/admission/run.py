@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kvpsi.bench.admission import adaptation, decisions, overload, pace, report
 from kvpsi.bench.admission.adaptation import Adaptation
 from kvpsi.bench.admission.clients import Asker, arrivals, closed_loop, open_loop
 from kvpsi.bench.admission.overload import Overload
 from kvpsi.bench.admission.pace import Pace
-from kvpsi.bench.admission.plan import RATIO_LEVEL, Plan, Scenario
+from kvpsi.bench.admission.plan import COMPARED, RATIO_LEVEL, Loop, Plan, Scenario
 from kvpsi.bench.admission.report import Cell
 from kvpsi.bench.admission.server import QUEUE, Subject, serving
 from kvpsi.bench.prompts import draw_varied
@@ -21,7 +21,6 @@ from kvpsi.bench.table import Table
 Report = Callable[[str], None]
 _ADAPTING = ("limits-adaptive", "limits")
 _PACED = ("limits-matched", "kvpsi")
-_ROUNDS = 4
 
 
 class Bench:
@@ -51,9 +50,11 @@ class Bench:
         for scenario in self.plan.scenarios:
             if "pace" in parts:
                 self._pace(scenario)
-            for variant in self.plan.variants:
-                if {"closed", "open"} & set(parts):
-                    self._levels(scenario, variant)
+            loops = tuple(loop for loop in get_args(Loop) if loop in parts)
+            for variant in self.plan.variants if loops else ():
+                self._levels(scenario, variant, loops)
+            for number in range(1, self.plan.rounds):
+                self._again(scenario, loops, number)
             if "overload" in parts:
                 with serving(self.plan, "kvpsi", scenario, self.say) as subject:
                     self.say(f"{scenario}, overload, kvpsi")
@@ -66,10 +67,10 @@ class Bench:
 
     def _adaptation(self) -> None:
         names = [name for name in _ADAPTING if name in self.plan.variants]
-        for number in range(_ROUNDS):
+        for number in range(self.plan.rounds):
             for variant in names if number % 2 == 0 else names[::-1]:
                 with serving(self.plan, variant, "neighbours", self.say) as subject:
-                    self.say(f"round {number + 1} of {_ROUNDS}: threads, {variant}")
+                    self.say(f"round {number + 1} of {self.plan.rounds}: threads, {variant}")
                     played = adaptation.play(subject, number, self._next_seed(), self.plan.n_predict)
                     self.adapted.append(played)
                     for second, count in enumerate(played.each_second()):
@@ -86,38 +87,42 @@ class Bench:
                         for gap_s in gaps:
                             self.gaps.add({"scenario": scenario, "variant": variant, "when": when, "gap_s": gap_s})
 
-    def _levels(self, scenario: Scenario, variant: str) -> None:
-        plan = self.plan
-        with serving(plan, variant, scenario, self.say) as subject:
-            for n_clients in plan.levels:
-                if "closed" in plan.parts:
-                    self.say(f"{scenario}, {variant}, closed loop, {n_clients} clients")
-                    self._add(self._closed(subject, n_clients))
-                if "open" in plan.parts:
-                    self.say(f"{scenario}, {variant}, open loop, {n_clients} clients")
-                    self._add(self._open(subject, n_clients))
+    def _levels(self, scenario: Scenario, variant: str, loops: Sequence[Loop]) -> None:
+        with serving(self.plan, variant, scenario, self.say) as subject:
+            for n_clients in self.plan.levels:
+                for loop in loops:
+                    self._add(self._play(subject, loop, n_clients, 0))
 
-    def _closed(self, subject: Subject, n_clients: int) -> Cell:
-        plan, asker = self.plan, Asker(subject.url, self.plan.n_predict, self.plan.deadline_s)
-        limit_s = plan.long_limit_s if n_clients == RATIO_LEVEL else plan.limit_s
-        prompts = draw_varied(n_clients * plan.requests, plan.seed + n_clients)
-        with subject.pressed():
-            outcomes = closed_loop(asker, prompts, n_clients, limit_s)
-        seconds = max((o.sent_s + o.latency_s for o in outcomes), default=1.0)
-        return Cell(subject.scenario, subject.variant, "closed", n_clients, seconds, tuple(outcomes))
+    def _again(self, scenario: Scenario, loops: Sequence[Loop], number: int) -> None:
+        """What is compared once more, the other way round in every other round."""
+        if RATIO_LEVEL not in self.plan.levels:
+            return
+        wanted = {variant: [loop for loop in loops if variant in COMPARED[loop]] for variant in self.plan.variants}
+        for variant, again in list(wanted.items())[:: -1 if number % 2 else 1]:
+            if again:
+                with serving(self.plan, variant, scenario, self.say) as subject:
+                    for loop in again:
+                        self._add(self._play(subject, loop, RATIO_LEVEL, number))
 
-    def _open(self, subject: Subject, n_clients: int) -> Cell:
+    def _play(self, subject: Subject, loop: Loop, n_clients: int, number: int) -> Cell:
         plan, asker = self.plan, Asker(subject.url, self.plan.n_predict, self.plan.deadline_s)
-        times = arrivals(n_clients / plan.think_s, plan.open_s, plan.seed + n_clients)
-        prompts = draw_varied(len(times), plan.seed + 100 + n_clients)
+        self.say(f"{subject.scenario}, {subject.variant}, {loop} loop, {n_clients} clients")
+        seed = plan.seed + 1000 * number + n_clients
         with subject.pressed():
-            outcomes = open_loop(asker, prompts, times, 2 * plan.open_s)
-        return Cell(subject.scenario, subject.variant, "open", n_clients, plan.open_s, tuple(outcomes))
+            if loop == "closed":
+                limit_s = plan.long_limit_s if n_clients == RATIO_LEVEL else plan.limit_s
+                outcomes = closed_loop(asker, draw_varied(n_clients * plan.requests, seed), n_clients, limit_s)
+                seconds = max((o.sent_s + o.latency_s for o in outcomes), default=1.0)
+            else:
+                times = arrivals(n_clients / plan.think_s, plan.open_s, seed)
+                prompts = draw_varied(len(times), seed + 100)
+                outcomes, seconds = open_loop(asker, prompts, times, 2 * plan.open_s), plan.open_s
+        return Cell(subject.scenario, subject.variant, loop, n_clients, number, seconds, tuple(outcomes))
 
     def _add(self, cell: Cell) -> None:
         self.cells.append(cell)
         self.rows.add(cell.row(self.plan.deadline_s))
-        where = {"scenario": cell.scenario, "variant": cell.variant, "loop": cell.loop, "clients": cell.clients}
+        where = {key: getattr(cell, key) for key in ("scenario", "variant", "loop", "clients", "round")}
         for o in cell.outcomes:
             fields = asdict(o)
             gaps = sorted(fields.pop("gaps_s"))

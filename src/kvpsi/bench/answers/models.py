@@ -22,11 +22,12 @@ from kvpsi.kv.spill import SpillFolder
 from kvpsi.pressure.psi import parse_pressure
 from kvpsi.serving.batch import Batch
 from kvpsi.serving.context import ContextPlan, ServedContext, open_context
-from kvpsi.serving.engine import Engine, EngineSettings
+from kvpsi.serving.engine import Engine
 from kvpsi.serving.headroom import SensedHeadroom
 from kvpsi.serving.prefix import common_prefix
 from kvpsi.serving.request import Event, Failed, Finished, Request, Text
 from kvpsi.serving.sampling import SamplingSettings, logits_of
+from kvpsi.serving.settings import EngineSettings
 
 _THRESHOLD = 0.10
 Variant = Literal["ladder", "streaming", "prune"]

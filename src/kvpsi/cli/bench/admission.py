@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast, get_args
 
 import typer
 
 from kvpsi import models
+from kvpsi.bench.admission.plan import VARIANTS, Part, Plan, Scenario
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.pull import progress_on_stderr
 from kvpsi.cli.settings import levels_in
 from kvpsi.errors import UsageError
 
-if TYPE_CHECKING:
-    from kvpsi.bench.admission.plan import Part, Scenario
-
-_VARIANTS = (
-    "baseline,limits,limits-matched,limits-adaptive,avg10,avg10-matched,static,static-matched,kvpsi-matched,kvpsi"
-)
-_PARTS = "decisions,adaptation,pace,closed,open,overload"
+_VARIANTS = ",".join(VARIANTS)
+_PARTS = ",".join(get_args(Part))
 
 
 def admission(
@@ -29,6 +25,7 @@ def admission(
     ),
     variants: Annotated[str, typer.Option("--variants", help="Whom to compare.")] = _VARIANTS,
     parts: Annotated[str, typer.Option("--parts", help="What to play.")] = _PARTS,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of what is compared; the rest is played once.")] = 3,
     levels: Annotated[str, typer.Option("--levels", help="Clients at once.")] = "1,2,4,8,32",
     requests: Annotated[int, typer.Option("--requests", help="Of each client in the closed loop.")] = 2,
     limit_s: Annotated[float, typer.Option("--limit-s", help="Longest time of a level.")] = 60.0,
@@ -51,7 +48,6 @@ def admission(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Limits, threads, gates and kvpsi with half a CPU, and beside busy neighbours, as clients see it. Needs root."""
-    from kvpsi.bench.admission.plan import Plan
     from kvpsi.bench.admission.run import run
 
     numbers = levels_in(levels, "1,2,4,8,32")
@@ -62,6 +58,7 @@ def admission(
         scenarios=cast("tuple[Scenario, ...]", _names("--scenarios", scenarios)),
         variants=_names("--variants", variants),
         parts=cast("tuple[Part, ...]", _names("--parts", parts)),
+        rounds=rounds,
         levels=numbers,
         requests=requests,
         limit_s=limit_s,

@@ -32,7 +32,7 @@ async def ready(http: Request) -> Response:
     service = getattr(http.app.state, "service", None)
     if service is None:
         return JSONResponse({"status": "loading"}, 503, {"Retry-After": "1"})
-    full = service.engine.waiting.is_full
+    full = service.engine.admission.is_full
     return JSONResponse({"status": "busy" if full else "ready"}, 503 if full else 200)
 
 
