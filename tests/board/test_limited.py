@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvpsi.board import BoardPlaces, limited
+from kvpsi.board import BoardPlaces, limited, waiting
 from kvpsi.board.limited import Limits, check, run_within, scope_command, scope_for
+from kvpsi.board.waiting import wait_for
 from kvpsi.errors import EnvironmentProblem, UsageError
 from support.boards import left_behind
 from support.servers import serving
@@ -51,6 +52,35 @@ def test_an_ordinary_user_goes_to_systemd_if_that_serves_users(monkeypatch: pyte
     monkeypatch.setattr(limited.shutil, "which", lambda name: f"/usr/bin/{name}")
     scope = scope_for(Limits(cpus=1.0), ["true"])
     assert scope is not None and scope[:2] == ["systemd-run", "--user"]
+
+
+def test_a_part_of_a_percent_is_rounded_down_so_that_the_limit_holds() -> None:
+    assert "CPUQuota=7%" in scope_command(Limits(0.075), ["true"], as_root=True)
+    assert "CPUQuota=1%" in scope_command(Limits(0.012), ["true"], as_root=True)
+
+
+@pytest.mark.parametrize("why", [SystemExit(0), KeyboardInterrupt()])
+@pytest.mark.parametrize(("traps", "status"), [("trap 'exit 3' TERM;", 3), ("trap '' TERM;", 128 + signal.SIGKILL)])
+def test_a_command_that_is_not_waited_for_any_longer_is_ended(
+    monkeypatch: pytest.MonkeyPatch, why: BaseException, traps: str, status: int
+) -> None:
+    monkeypatch.setattr(waiting, "_GRACE_S", 0.5)
+    monkeypatch.setattr(waiting, "_BY_ITSELF_S", 0.1)
+
+    class Interrupted(subprocess.Popen[str]):
+        waits = 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.waits += 1
+            if self.waits == 1:
+                assert self.stdout is not None and self.stdout.readline() == "here\n"
+                raise why
+            return super().wait(timeout)
+
+    command = ["sh", "-c", f"{traps} echo here; while :; do sleep 0.05; done"]
+    with Interrupted(command, stdout=subprocess.PIPE, text=True) as process:
+        assert wait_for(process) == status
+        assert process.poll() is not None
 
 
 def test_a_limit_that_is_not_in_force_is_an_error() -> None:

@@ -146,6 +146,25 @@ def test_a_thread_that_comes_back_too_soon_waits_longer_each_time() -> None:
     assert rises[-1] <= quick.settings.longest_hold_s + 1
 
 
+def test_one_that_stayed_for_long_comes_back_as_fast_as_the_first() -> None:
+    play = Play()
+    play.for_s(1)
+    for _ in range(6):
+        play.for_s(1, 1.0)
+        while play.for_s(TICK_S)[-1] == 1:
+            pass
+    assert play.state.hold_s > 8
+    play.for_s(60)  # it is all over
+    play.for_s(1, 1.0)
+    assert play.for_s(5).index(2) * TICK_S < 2.5
+
+
+def test_a_quota_that_runs_out_leaves_no_more_than_others_do() -> None:
+    play = Play()
+    play.for_s(1, cpus=4, quota=4.0)
+    assert play.for_s(TICK_S, 50.0, cpus=4, quota=4.0, throttled=0.5)[-1] == 1
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 100), st.integers(1, 64), st.one_of(st.none(), st.floats(0.01, 100)), st.floats(0, 1)),

@@ -64,3 +64,19 @@ def test_the_time_for_a_token_follows() -> None:
     for _ in range(60):
         pace.note_answers(0.1)
     assert pace.token_s == pytest.approx(0.1, rel=0.05)
+
+
+def test_short_prompts_that_keep_coming_do_not_keep_long_ones_from_being_read() -> None:
+    pace = Pace(2.0)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=False, is_long=True)
+    pieces, since = 0, []
+    for _ in range(400):
+        for _ in range(9):  # a short prompt every nine tokens
+            pace.note_answers(4 * ANSWER_S)
+            since.append(pieces)
+            if pace.turn() is Turn.PROMPTS:
+                pieces += 1
+                pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True, is_long=True)
+        pace.note_prompts(10, PIECE_S / 8, beside=True, is_long=False)
+    assert pieces > 20
+    assert max(since.count(n) for n in range(1, pieces)) <= 100, "it has its turn after 90 tokens at last"

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from pathlib import Path
 
 from kvpsi.board.board import BoardSettings, open_board
 from kvpsi.board.places import find_places
+from kvpsi.board.waiting import wait_for
 from kvpsi.errors import EnvironmentProblem
 from kvpsi.pressure import open_source
 from kvpsi.pressure.cpu import cpu_quota
 from kvpsi.units import format_bytes
 
-_GRACE_S = 10.0
 _TOLERANCE = 1.02
 _DELEGATE = (
     "let your user hand out processors and memory: put `[Service]` and `Delegate=cpu cpuset io memory pids` into "
@@ -51,9 +50,9 @@ def run_within(limits: Limits, command: Sequence[str]) -> int:
     """
     scope = scope_for(limits, command)
     if scope is not None:
-        return _wait(subprocess.Popen(scope, text=True))
+        return wait_for(subprocess.Popen(scope, text=True))
     with open_board(BoardSettings(limits.memory_bytes, "shared", limits.cpus)) as board:
-        return _wait(board.start(command))
+        return wait_for(board.start(command))
 
 
 def scope_for(limits: Limits, command: Sequence[str], *, swap: bool = True) -> list[str] | None:
@@ -109,19 +108,3 @@ def check(limits: Limits) -> None:
         least = min(room.limit_bytes for room in source.read().headrooms)
     if limits.memory_bytes is not None and least > limits.memory_bytes * _TOLERANCE:
         raise EnvironmentProblem(f"The limit of {format_bytes(limits.memory_bytes)} is not in force here: {_DELEGATE}.")
-
-
-def _wait(process: subprocess.Popen[str]) -> int:
-    """The command's exit status as a shell gives it."""
-    try:
-        code = process.wait()
-    except (KeyboardInterrupt, SystemExit):
-        # after Ctrl-C in a terminal it knows already, and hears it only once more
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-    return 128 - code if code < 0 else code

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-import signal
 import subprocess
 import sys
 from typing import Annotated, cast
@@ -36,6 +34,7 @@ def run(
     from kvpsi.board import BoardSettings, open_board
     from kvpsi.board.board import SwapKind
     from kvpsi.board.limited import Limits, scope_for
+    from kvpsi.board.waiting import wait_for
 
     if shutil.which(command[0]) is None:
         raise UsageError(f"There is no command {command[0]} here: give a name in PATH or a path to a program.")
@@ -45,13 +44,13 @@ def run(
     scope = scope_for(limits, command, swap=swap != "none") if swap != "zram" else None
     if scope is not None:
         print("kvpsi: the board is a scope of systemd's, of which no figures are known.", file=sys.stderr)
-        code = _wait(subprocess.Popen(scope, stdout=sys.stderr if json else None, text=True))
+        code = wait_for(subprocess.Popen(scope, stdout=sys.stderr if json else None, text=True))
         if json:
             print_json({"exit_status": code, "kills": None, "peak_bytes": None, "stall_s": None})
         raise typer.Exit(code)
     with open_board(settings) as board:
         process = board.start(command, stdout=sys.stderr if json else None)
-        code = _wait(process)
+        code = wait_for(process)
         figures = board.figures()
     if json:
         print_json({"exit_status": code, **dataclasses.asdict(figures)})
@@ -61,14 +60,3 @@ def run(
         told = f"board: peak {peak} of {format_bytes(memory_bytes)}, {figures.kills} killed, stall {stall}"
         print(one_line(told), file=sys.stderr)
     raise typer.Exit(code)
-
-
-def _wait(process: subprocess.Popen[str]) -> int:
-    """The command's exit status as a shell gives it. Ctrl-C reaches the command itself; a second one ends the wait."""
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        code = process.poll() if process.poll() is not None else -int(signal.SIGINT)  # type: ignore[assignment]
-    return 128 - code if code < 0 else code
