@@ -15,6 +15,7 @@ import pytest
 
 from kvpsi.bench.conversation import forget_cached_pages
 from kvpsi.board import Board, BoardPlaces, BoardSettings, find_places, open_board
+from kvpsi.board.board import SwapKind
 from kvpsi.board.cgroups import BoardCgroups
 from kvpsi.board.places import MEMORY_LIMIT_FILE, Place
 from kvpsi.errors import EnvironmentProblem, UsageError
@@ -115,11 +116,17 @@ def test_processors_are_limited(board_places: BoardPlaces) -> None:
 
 
 @pytest.mark.pressure
+@pytest.mark.parametrize("swap", ["none", "zram"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_nothing_is_left_when_its_maker_ends(board_places: BoardPlaces, number: signal.Signals) -> None:
+def test_nothing_is_left_when_its_maker_ends(board_places: BoardPlaces, number: signal.Signals, swap: SwapKind) -> None:
     before = swap_devices()
+    try:
+        with open_board(BoardSettings(64 * MIB, swap)):
+            pass
+    except EnvironmentProblem as error:
+        pytest.skip(f"NO ZRAM HERE: {error}")
     maker = popen_heeding_ctrl_c(
-        [sys.executable, "-m", "kvpsi", "board", "run", "--memory", "64M", "--swap", "zram", "--", "sleep", "600"],
+        [sys.executable, "-m", "kvpsi", "board", "run", "--memory", "64M", "--swap", swap, "--", "sleep", "600"],
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
