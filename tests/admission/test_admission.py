@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Hashable
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvpsi.admission import Admission, Load, Places, QueueFullError, TooLateError
+from kvpsi.admission.costs import Costs
 from kvpsi.admission.policies import Adaptive, AdmissionPolicy, Static
 
 
@@ -124,6 +126,31 @@ def test_one_that_fills_the_queue_has_to_give_way_to_others() -> None:
     assert engine.admission.offer(Asked(flow="modest")) is greedy[3]
     with pytest.raises(QueueFullError):
         engine.admission.offer(Asked(flow="greedy"))
+
+
+def test_before_the_first_answer_work_is_guessed() -> None:
+    engine = Engine(parallel=1, most=4)
+    engine.admission.costs = Costs()
+    engine.busy()
+    greedy = [engine.ask(flow="greedy", name=str(number)) for number in range(3)]
+    modest = engine.ask(flow="modest", wanted_by_s=engine.clock.now_s + 0.1)  # nobody knows that it will be too late
+    assert engine.admission.first_ones(4) == [greedy[0], modest, *greedy[1:]]
+    told = []
+    for number in range(4):
+        with pytest.raises(QueueFullError) as caught:
+            engine.ask(flow="greedy", name=f"more {number}")
+        told.append(caught.value.retry_after_s)
+    assert all(b - a > 1 for a, b in itertools.pairwise(told)), "they do not come again all at once"
+
+
+def test_who_was_there_before_stays_before_those_who_come_again() -> None:
+    engine = Engine(parallel=1, most=2).busy()
+    queued = [engine.ask(flow="a", name="1"), engine.ask(flow="b", name="2")]
+    with pytest.raises(QueueFullError) as caught:
+        engine.ask(flow="c", name="again")
+    engine.clock.now_s += caught.value.retry_after_s  # all took longer than was thought
+    again = engine.ask(flow="c", name="again")
+    assert engine.admission.first_ones(3) == [*queued, again]
 
 
 def test_what_cannot_be_answered_in_time_is_turned_away_at_once() -> None:

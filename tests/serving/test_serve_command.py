@@ -71,8 +71,9 @@ def test_it_can_be_ended_at_any_time(default_model: Path, number: signal.Signals
     finally:
         process.kill()
     assert "Traceback" not in stderr, stderr
-    # a server is ended by SIGTERM when all is well; before it listens it is a command like any other
-    wanted = (0, 128 + number) if number == signal.SIGTERM else (128 + number,)
+    # a server is ended by SIGTERM when all is well; before it listens it is a command like any other, and before Python
+    # runs, which takes longer than this on a machine that is busy, the signal ends it by itself
+    wanted = (0, 128 + number, -number) if number == signal.SIGTERM else (128 + number, -number)
     assert process.returncode in wanted, stderr
 
 

@@ -176,14 +176,13 @@ class Admission(Generic[T]):
         # places that were promised are there beside those of the queue
         if len(self._queue) >= self.most * (2 if expected else 1) + self._free(self._places()):
             return self._displace(request, now_s, work_s)
-        self._queue.put(request, work_s, at_once=expected)
-        if expected:
-            self._promises.settle(key, now_s, kept=True)
+        kept = self._promises.settle(key, now_s, kept=True) if expected else None
+        self._queue.put(request, work_s, kept.place if kept else None)
         return None
 
     def _note_deadline(self, now_s: float, request: T, work_s: float) -> None:
         """How often the work of a request fits into the time that it has, on average."""
-        if request.wanted_by_s == math.inf or work_s <= 0:
+        if request.wanted_by_s == math.inf or not self.costs.are_known:
             return
         times = (request.wanted_by_s - now_s) / work_s
         if times < 1:  # it would be too late even alone, so that others need not hurry for it
@@ -224,7 +223,7 @@ class Admission(Generic[T]):
 
     def _is_scarce(self, now_s: float, request: T, work_s: float) -> bool:
         """Whether it would wait longer than it may."""
-        if not self.policy.foresees:
+        if not self.policy.foresees or not self.costs.are_known:
             return False
         places = self._places()
         wait_s = self._wait_s(request, places)
@@ -238,7 +237,10 @@ class Admission(Generic[T]):
 
     def _is_too_late(self, now_s: float, request: T, work_s: float) -> bool:
         """Whether it would not be done in time even if it began at once, beside others."""
-        return self.policy.foresees and self._until_begin_s(now_s, request, work_s, self._places()) < 0
+        places = self._places()
+        if not self.policy.foresees or not (places.running or len(self._queue)):
+            return False
+        return self._until_begin_s(now_s, request, work_s, places) < 0
 
     def _until_begin_s(self, now_s: float, request: T, work_s: float, places: Places) -> float:
         """By when it has to begin, with a margin as nobody knows how long answers get."""
@@ -271,7 +273,8 @@ class Admission(Generic[T]):
         if self.policy.foresees:
             left_s = request.wanted_by_s - now_s - wait_s
             patience = Patience.ENOUGH if left_s > work_s * self._limit(places) else Patience.SOME
-            self._promises.make(key, Promise(now_s + wait_s, work_s, patience if left_s > 0 else Patience.NONE))
+            place = self._queue.key_of(request)
+            self._promises.make(key, Promise(now_s + wait_s, work_s, patience if left_s > 0 else Patience.NONE, place))
         return wait_s
 
     # -- beginning -----------------------------------------------------------------------------------------------
@@ -285,6 +288,7 @@ class Admission(Generic[T]):
         now_s = self._clock()
         if self.verdict is None or now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
+            self._promises.expire(now_s)
             self.verdict, self._state = self.policy.decide(self._load(), self._state)
             most = self._in_time(now_s) if self.policy.foresees else math.inf
             if self.verdict.limit > most:

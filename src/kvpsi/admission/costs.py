@@ -8,6 +8,7 @@ _REMEMBERED_S = 5.0
 _USUAL_ANSWER_TOKENS = 128.0
 _ANSWER_WEIGHT = 0.1
 _READ_WEIGHT = 0.1
+_GUESSED_PROMPT_TOKEN_S, _GUESSED_ANSWER_TOKEN_S = 0.005, 0.02
 
 
 class Speed:
@@ -37,6 +38,11 @@ class Costs:
         self._answer_tokens = _USUAL_ANSWER_TOKENS
         self._read_share = 1.0
 
+    @property
+    def are_known(self) -> bool:
+        """Whether there was an answer yet; until then all is guessed, well enough to tell much work from little."""
+        return self._answer_token.seconds is not None
+
     def note_prompt(self, n_tokens: int, seconds: float) -> None:
         """So many tokens of prompts were read."""
         self._prompt_token.note(n_tokens, seconds)
@@ -54,12 +60,13 @@ class Costs:
         self._answer_tokens += _ANSWER_WEIGHT * (n_generated - self._answer_tokens)
 
     def work_s(self, n_prompt: int, max_tokens: int) -> float:
-        """For a request that has yet to begin; 0 as long as nothing is known."""
+        """For a request that has yet to begin."""
         return self.rest_s(n_prompt * self._read_share, min(max_tokens, self._answer_tokens))
 
     def rest_s(self, n_prompt: float, n_answer: float) -> float:
         """For so many tokens that are still to be read, and to be written."""
-        prompt_s, answer_s = self._prompt_token.seconds or 0.0, self._answer_token.seconds or 0.0
+        prompt_s = self._prompt_token.seconds or _GUESSED_PROMPT_TOKEN_S
+        answer_s = self._answer_token.seconds or _GUESSED_ANSWER_TOKEN_S
         return n_prompt * prompt_s + n_answer * answer_s
 
     def left_to_write(self, n_generated: int, max_tokens: int) -> float:

@@ -6,7 +6,7 @@ import enum
 import heapq
 import math
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _EARLY_S = 0.75
 _LATE_S = 5.0
@@ -14,6 +14,7 @@ _KEPT_WEIGHT = 0.1
 _MOST = 4096
 _TOGETHER_S = 0.5
 _BUCKET_S = 4.0
+_CHOICE = 2**-12  # of the distance of two places
 
 
 class Patience(enum.Enum):
@@ -27,11 +28,12 @@ class Patience(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """From ``due_s`` on there is room for ``work_s`` of work."""
+    """From ``due_s`` on there is room for ``work_s`` of work, at the ``place`` in the queue that it would have had."""
 
     due_s: float
     work_s: float
     patience: Patience
+    place: tuple[float, float, float] | None = None
 
 
 class Promises:
@@ -48,7 +50,7 @@ class Promises:
         self._all_work_s = dict.fromkeys(Patience, 0.0)
         self._least_share = {Patience.ENOUGH: 1.0, Patience.SOME: 0.5, Patience.NONE: 0.0}
         self._most_share = dict.fromkeys(Patience, 1.0)
-        self._kept: tuple[int, float] = 0, -math.inf
+        self._kept: tuple[int, float, Promise | None] = 0, -math.inf, None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -93,21 +95,31 @@ class Promises:
 
         Several answers to one prompt come one right after the other, and were turned away with the first of them.
         """
-        before, kept_s = self._kept
+        before, kept_s, _ = self._kept
         if key == before and now_s - kept_s < _TOGETHER_S:
             return True
         promise = self._open.get(key)
         return promise is not None and now_s >= promise.due_s - _EARLY_S
 
-    def settle(self, key: int, now_s: float, *, kept: bool) -> None:
-        """One that was due came, and was let in, or had no time left; nothing is done if it was not due."""
+    def settle(self, key: int, now_s: float, *, kept: bool) -> Promise | None:
+        """One that was due came, and was let in, or had no time left; what it was promised, None if it was not due."""
         promise = self._open.get(key)
         if promise is None or now_s < promise.due_s - _EARLY_S:
-            return
+            return self._next_choice() if kept and key == self._kept[0] else None
         self._take_out(key)
         self._note(promise, kept=kept)
         if kept:
-            self._kept = key, now_s
+            self._kept = key, now_s, promise
+        return promise
+
+    def _next_choice(self) -> Promise | None:
+        """The same promise, with the place right behind the last one."""
+        key, kept_s, promise = self._kept
+        if promise is not None and promise.place is not None:
+            urgency, start_s, number = promise.place
+            promise = replace(promise, place=(urgency, start_s, number + _CHOICE))
+            self._kept = key, kept_s, promise
+        return promise
 
     def expire(self, now_s: float) -> None:
         """Give up those that nobody came for."""

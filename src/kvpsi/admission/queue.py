@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from kvpsi.admission.heap import MarkedHeap
 
@@ -11,8 +11,11 @@ URGENCIES = 8
 """Levels of urgency, 0 the most urgent; the scale of the ``Priority`` header (RFC 9218, section 4.1)."""
 USUAL_URGENCY = 3
 _FIRST_OF_ALL = -1.0
-_AT_ONCE_S = -1.0
 _MOST_FLOWS = 4096
+
+
+Key: TypeAlias = tuple[float, float, float]
+"""Urgency, virtual time of the begin in seconds, and a number, so that no two are the same."""
 
 
 class Waits(Protocol):
@@ -77,20 +80,21 @@ class FairQueue(Generic[T]):
         """Seconds of work of all that are as urgent or more so."""
         return max(0.0, sum(self._work_s[: urgency + 1]))
 
-    def put(self, request: T, work_s: float, *, at_once: bool = False) -> Entry[T]:
-        """Let one wait, ``at_once`` before all others that are as urgent."""
-        urgency, start_s, number = self.key_of(request)
-        self._had_s[request.urgency, request.flow] = start_s + work_s
+    def put(self, request: T, work_s: float, key: Key | None = None) -> Entry[T]:
+        """Let one wait, at the place that it had before if a ``key`` tells that."""
+        urgency, start_s, number = key or self.key_of(request)
+        flow = (request.urgency, request.flow)
+        self._had_s[flow] = max(start_s, self._had_s.get(flow, 0.0)) + work_s
         if len(self._had_s) > _MOST_FLOWS:
             self._forget_flows()
-        self._number += 1
-        return self._add(request, (urgency, _AT_ONCE_S if at_once else start_s, number), work_s)
+        return self._add(request, (urgency, start_s, number), work_s)
 
-    def key_of(self, request: T) -> tuple[float, float, float]:
-        """The order that it would have if it came now."""
+    def key_of(self, request: T) -> Key:
+        """The order that it has if it comes now."""
         urgency = request.urgency
         start_s = max(self._virtual_s[urgency], self._had_s.get((urgency, request.flow), 0.0))
-        return float(urgency), start_s, float(self._number + 1)
+        self._number += 1
+        return float(urgency), start_s, float(self._number)
 
     def put_back(self, request: T, work_s: float) -> Entry[T]:
         """Let one that had begun wait again, before all others."""
@@ -103,6 +107,7 @@ class FairQueue(Generic[T]):
         self._work_s[request.urgency] += work_s
         self._order.push(key, entry)
         self._reverse.push(tuple(-part for part in key), entry)
+        self._number += 1
         self._by_deadline.push((request.begin_by_s, float(self._number)), entry)
         return entry
 

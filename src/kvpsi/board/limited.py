@@ -6,7 +6,9 @@ import contextlib
 import math
 import os
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 from kvpsi.board.board import BoardSettings, open_board
 from kvpsi.board.places import find_places
 from kvpsi.board.waiting import wait_for
-from kvpsi.errors import EnvironmentProblem
+from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.pressure import open_source
 from kvpsi.pressure.cpu import cpu_quota
 from kvpsi.units import format_bytes
@@ -34,7 +36,11 @@ class Limits:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        BoardSettings(self.memory_bytes, "shared", self.cpus)  # complains of what makes no sense
+        if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
+            raise UsageError(
+                f"Nothing can be held to {self.cpus:g} processors; give between 0.01 and 1024 with --cpus."
+            )
+        BoardSettings(self.memory_bytes, "shared", self.cpus)  # complains of too little memory
 
     def __bool__(self) -> bool:
         return self.cpus is not None or self.memory_bytes is not None
@@ -43,11 +49,13 @@ class Limits:
 def run_within(limits: Limits, command: Sequence[str]) -> int:
     """Run a command within limits, and give its exit status; nothing is left of it afterwards.
 
-    Ctrl-C and SIGTERM are passed on, and it is waited for.
+    Ctrl-C and SIGTERM are passed on, and it is waited for, also if it was started by a script that ignores Ctrl-C.
 
     Raises:
         EnvironmentProblem: no limits can be set here; says what would help.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     scope = scope_for(limits, command)
     if scope is not None:
         return wait_for(subprocess.Popen(scope, text=True))

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import subprocess
 
-_BY_ITSELF_S = 1.0
+_BY_ITSELF_S = 5.0
 _GRACE_S = 10.0
 
 

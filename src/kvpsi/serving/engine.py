@@ -138,6 +138,7 @@ class Engine:
         self._pressure = pressure
         self._first_token_s: float | None = None
         self._turned_away: list[Request] = []
+        self._n_beginning = 0
         self._cancelled: list[Request] = []
         self.counters = Counters()
         self._deliver = deliver or _tell_listeners
@@ -347,6 +348,8 @@ class Engine:
                 log.exception("A request could not be begun")
                 self.counters.failed += 1
                 self._emit(chosen, Failed(EnvironmentProblem(f"The request could not be begun ({error}).")))
+            finally:
+                self._n_beginning = 0
 
     def _next_to_begin(self) -> Request | None:
         """The first in the queue that may begin."""
@@ -361,6 +364,7 @@ class Engine:
                 continue
             with self._lock:
                 if self.admission.take(request):
+                    self._n_beginning = 1
                     return request
         return None
 
@@ -675,7 +679,7 @@ class Engine:
         work_s = sum(
             costs.rest_s(max(0, a.left - 1), costs.left_to_write(a.n_generated, a.request.max_tokens)) for a in running
         )
-        return Places(len(running), self.settings.parallel, work_s)
+        return Places(len(running) + self._n_beginning, self.settings.parallel, work_s)
 
     def _load(self) -> Load:
         """How busy the engine and the machine are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -94,7 +95,7 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"There is no port {self.port}; give 1 to 65535 with --port, or 0 for a free one.")
-        if self.queue_timeout_s <= 0:
+        if not 0 < self.queue_timeout_s < math.inf:
             raise UsageError("A request that may not wait at all is never begun; raise --queue-timeout-s above 0.")
         if self.most_body_bytes < 1024:
             raise UsageError("Requests of less than 1 KiB say nothing; raise --max-body.")

@@ -32,6 +32,7 @@ from kvpsi.serving.thread import ComputingThread
 
 R = TypeVar("R")
 _MANY_CHARACTERS = 20_000
+_LEAST_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,8 @@ class Service:
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
         request.listener = events.put_nowait
-        request.begin_by_s = min(time.monotonic() + self._queue_timeout_s, request.wanted_by_s)
+        now_s = time.monotonic()  # who does not wait at all is begun where a place is free
+        request.begin_by_s = min(now_s + self._queue_timeout_s, max(now_s + _LEAST_WAIT_S, request.wanted_by_s))
         self.engine.submit(request)
         ended = False
         last_s = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kvpsi.board.limited import Limits
 from kvpsi.errors import UsageError
 
 Scenario = Literal["quota", "neighbours"]
@@ -17,6 +18,9 @@ RATIO_LEVEL = 8
 """Clients at which variants are compared."""
 COMPARED: Mapping[Loop, tuple[str, str]] = {"closed": ("limits", "kvpsi"), "open": ("limits-matched", "kvpsi")}
 """Whose tail latencies are compared, and who is hoped to have the shorter one."""
+PARALLEL = 8
+"""Answers at once of every server."""
+_LONGEST_S = 3600.0
 _PLAIN = ("--no-adapt-threads", "--pace", "0")
 
 
@@ -104,10 +108,26 @@ class Plan:
                 raise UsageError(f"The {name} are {', '.join(known)}, not {', '.join(given) or 'none'}.")
         if not self.levels:
             raise UsageError("Name one level at least.")
-        if (
-            min(*self.levels, self.rounds, self.requests, self.n_predict, self.streams) < 1
-            or min(self.limit_s, self.open_s) <= 0
+        for option, count in (
+            ("rounds", self.rounds),
+            ("levels", min(self.levels)),
+            ("requests", self.requests),
+            ("n-predict", self.n_predict),
+            ("streams", self.streams),
         ):
-            raise UsageError("Rounds, levels, requests, tokens, streams and times are at least 1.")
+            if count < 1:
+                raise UsageError(f"--{option} is at least 1, not {count}.")
+        for option, seconds in (
+            ("limit-s", self.limit_s),
+            ("long-limit-s", self.long_limit_s),
+            ("open-s", self.open_s),
+            ("think-s", self.think_s),
+            ("deadline-s", self.deadline_s),
+        ):
+            if not 0 < seconds <= _LONGEST_S:
+                raise UsageError(f"--{option} is above 0 and at most {_LONGEST_S:.0f} seconds, not {seconds:g}.")
+        if self.streams >= PARALLEL:
+            raise UsageError(f"The servers answer {PARALLEL} at once, so --streams is at most {PARALLEL - 1}.")
+        Limits(self.cpus)  # complains of what makes no sense
         if max(self.levels) > 256:
             raise UsageError("More than 256 clients say more about them than about the server; lower --levels.")

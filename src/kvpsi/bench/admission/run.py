@@ -141,6 +141,10 @@ class Bench:
         ]
         tables = (self.rows, self.requests, self.gaps, self.tokens)
         problems = [problem for table in tables for problem in table.problems]
+        if RATIO_LEVEL not in plan.levels and {"closed", "open"} & set(plan.parts):
+            problems.append(f"Latencies are compared at {RATIO_LEVEL} clients only; add {RATIO_LEVEL} to --levels.")
+        if not figures:
+            problems.append(f"There is nothing to compare: {' and '.join(plan.variants)} did not play the same part.")
         plots: list[str] = []
         try:
             from kvpsi.bench.admission.plots import plot

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpsi.bench.admission.plan import VARIANTS, Plan, Scenario
+from kvpsi.bench.admission.plan import PARALLEL, VARIANTS, Plan, Scenario
 from kvpsi.bench.servers import Running, Setting, running
 from kvpsi.board import BoardSettings, open_board
 
-_PARALLEL = 8
 QUEUE = 64
 # ends as soon as its standard input does, so that none is left however the bench ends
 _BUSY = (
-    "import os, sys, threading\n"
+    "import os, signal, sys, threading\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     "threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()\n"
     "while True: pass"
 )
@@ -84,7 +84,7 @@ def serving(plan: Plan, variant: str, scenario: Scenario, report: Callable[[str]
     matched = max(1, int(plan.cpus)) if scenario == "quota" else 1
     threads = {"stock": n_cpus, "matched": matched if how.pressed else n_cpus, "adaptive": 0}[how.threads]
     options = ("--queue", str(QUEUE), *how.options)
-    setting = Setting(plan.model, plan.n_ctx, _PARALLEL, threads, spill_max="0", options=options)
+    setting = Setting(plan.model, plan.n_ctx, PARALLEL, threads, spill_max="0", options=options)
     report(f"{scenario}, starting {variant}")
     with open_board(BoardSettings(None, "shared", cpus)) as board:
 

@@ -39,7 +39,10 @@ def check_count(service: Service, n_answers: int) -> None:
     most = settings.parallel + settings.most_waiting
     if n_answers > most:
         raise ApiError(
-            400, f"{n_answers} answers in one request are more than the {most} that fit; send fewer.", param="n"
+            400,
+            f"{n_answers} answers in one request are more than the {most} that --parallel and --queue have room for; "
+            "send fewer.",
+            param="n",
         )
 
 
