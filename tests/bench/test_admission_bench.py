@@ -69,13 +69,13 @@ def test_pace_threads_overload_and_decisions() -> None:
     pace = Pace("kvpsi", "quota", (0.1,) * 100, (0.1,) * 94 + (0.2,) * 6, 60.0, (5,), (1.0,), ())
     assert by_name(report.pace_figures([pace]))["quota.pace.kvpsi.gap_p95_to_calm"].met is False
     played = [
-        Adaptation("limits-adaptive", 0, 100.0, 50.0, 99.0, 10.0, 20.0, (0.5, 1.5, 1.7)),
-        Adaptation("limits", 0, 101.0, 8.0, 99.0, 10.0, 20.0, ()),
+        Adaptation("limits-adaptive", 0, 100.0, 50.0, 99.0, 10.0, 20.0, 0, (0.5, 1.5, 1.7)),
+        Adaptation("limits", 0, 101.0, 8.0, 99.0, 10.0, 20.0, 0, ()),
     ]
     found = by_name(report.adaptation_figures(played))
     assert found["threads.tok_s_beside_neighbours_to_fixed"].met and found["threads.tok_s_afterwards_to_calm"].met
     assert played[0].each_second() == [1, 2] and played[1].each_second() == [0]
-    stuck = report.adaptation_figures([played[0], Adaptation("limits", 0, 101.0, 0.0, 99.0, 10.0, 20.0, ())])
+    stuck = report.adaptation_figures([played[0], Adaptation("limits", 0, 101.0, 0.0, 99.0, 10.0, 20.0, 0, ())])
     assert by_name(stuck)["threads.tok_s_beside_neighbours_to_fixed"].value == 500.0
     overload = Overload("kvpsi", 1.0, 2.0, 0.95, 120, 60, 0, 0, 60, 50, 64, 70.0)
     figures = by_name(report.overload_figures({"quota": overload}, 64))

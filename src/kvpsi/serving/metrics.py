@@ -104,6 +104,7 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
         "Files of parked conversations that could not be written or read.",
         s.parking_failures,
     )
+    yield "kvpsi_thread_changes", "How often more or fewer threads began to compute.", s.thread_changes
     yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
 
 

@@ -174,6 +174,7 @@ class Service:
             io_pressure=pressure.io_stall,
             threads=cache.n_threads or self.context.n_threads,
             threads_reason=threads.reason if threads and self.cpu_governor and self.cpu_governor.engine else "fixed",
+            thread_changes=self.cpu_governor.changes if self.cpu_governor else 0,
             concurrency_limit=min(engine.settings.parallel, verdict.limit) if verdict else engine.settings.parallel,
             admission=engine.admission.policy.name,
             admission_reason=verdict.reason if verdict else "",

@@ -39,6 +39,7 @@ class Status:
     io_pressure: float
     threads: int
     threads_reason: str
+    thread_changes: int
     concurrency_limit: int
     admission: str
     admission_reason: str

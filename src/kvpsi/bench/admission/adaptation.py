@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpsi.bench.admission.server import Subject
@@ -12,7 +14,7 @@ from kvpsi.bench.client import attempt, said_by
 from kvpsi.bench.prompts import draw
 
 _CLIENTS = 8
-_WARM_UP_S, _CALM_S, _BUSY_S, _AFTER_S = 3.0, 10.0, 12.0, 15.0
+_WARM_UP_S, _CALM_S, _BUSY_S, _AFTER_S = 4.0, 20.0, 12.0, 25.0
 _COMES_AFTER_S, _GOES_AFTER_S = 2.0, 5.0
 
 
@@ -20,7 +22,8 @@ _COMES_AFTER_S, _GOES_AFTER_S = 2.0, 5.0
 class Adaptation:
     """Tokens a second before neighbours came, from two seconds after that, and from five seconds after they had gone.
 
-    ``token_s`` is when each token came, in seconds; ``came_s`` and ``went_s`` tell when the neighbours did.
+    ``token_s`` is when each token came, in seconds; ``came_s`` and ``went_s`` tell when the neighbours did, and
+    ``calm_changes`` how often the number of threads had changed before.
     """
 
     variant: str
@@ -30,6 +33,7 @@ class Adaptation:
     after: float
     came_s: float
     went_s: float
+    calm_changes: int
     token_s: tuple[float, ...]
 
     def each_second(self) -> list[int]:
@@ -41,23 +45,26 @@ class Adaptation:
 
 
 def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation:
-    """Eight clients all the time; neighbours on every processor come, and go again."""
+    """Eight clients all the time, who want answers of half to twice ``n_predict`` tokens, so that they do not all begin
+    at the same moments; neighbours on every processor come, and go again."""
     ended = threading.Event()
     times: list[float] = []
 
-    def client(prompts: list[str]) -> None:
-        for prompt in prompts:
+    def client(asked: Sequence[tuple[str, int]]) -> None:
+        for prompt, n_tokens in asked:
             if ended.is_set():
                 return
             messages = [said_by("user", prompt)]
-            attempt(subject.url, messages, n_predict, timeout_s=60, ended=ended, on_text=times.append)
+            attempt(subject.url, messages, n_tokens, timeout_s=60, ended=ended, on_text=times.append, ignore_eos=True)
 
-    prompts = draw(_CLIENTS * 200, seed)
+    rng = random.Random(seed)
+    asked = [(prompt, rng.randint(n_predict // 2, 2 * n_predict)) for prompt in draw(_CLIENTS * 200, seed)]
     began = time.monotonic()
-    threads = [threading.Thread(target=client, args=(prompts[i::_CLIENTS],), daemon=True) for i in range(_CLIENTS)]
+    threads = [threading.Thread(target=client, args=(asked[i::_CLIENTS],), daemon=True) for i in range(_CLIENTS)]
     for thread in threads:
         thread.start()
     time.sleep(_WARM_UP_S + _CALM_S)
+    calm_changes = subject.status()["thread_changes"]
     came_s = time.monotonic()
     subject.neighbours.come(os.cpu_count() or 1)
     try:
@@ -82,5 +89,6 @@ def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation
         speed(went_s + _GOES_AFTER_S, over_s),
         came_s - began,
         went_s - began,
+        calm_changes,
         tuple(sorted(at_s - began for at_s in times)),
     )

@@ -133,6 +133,11 @@ def adaptation_figures(played: Sequence[Adaptation]) -> list[Figure]:
     if ours:
         after = statistics.median(_ratio(a.after, a.calm) for a in ours.values())
         found.append(Figure("threads.tok_s_afterwards_to_calm", after, "", 0.97, ">="))
+        changes = sum(a.calm_changes for a in ours.values())
+        found.append(Figure("threads.changes_while_calm", changes, "changes"))
+    if fixed:
+        after = statistics.median(_ratio(a.after, a.calm) for a in fixed.values())
+        found.append(Figure("threads.fixed_tok_s_afterwards_to_calm", after, ""))
     return found
 
 

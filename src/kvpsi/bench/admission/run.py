@@ -68,10 +68,11 @@ class Bench:
     def _adaptation(self) -> None:
         names = [name for name in _ADAPTING if name in self.plan.variants]
         for number in range(self.plan.rounds):
+            seed = self._next_seed()
             for variant in names if number % 2 == 0 else names[::-1]:
                 with serving(self.plan, variant, "neighbours", self.say) as subject:
                     self.say(f"round {number + 1} of {self.plan.rounds}: threads, {variant}")
-                    played = adaptation.play(subject, number, self._next_seed(), self.plan.n_predict)
+                    played = adaptation.play(subject, number, seed, self.plan.n_predict)
                     self.adapted.append(played)
                     for second, count in enumerate(played.each_second()):
                         self.tokens.add({"variant": variant, "round": number, "second": second, "tokens": count})
