@@ -80,3 +80,15 @@ def test_short_prompts_that_keep_coming_do_not_keep_long_ones_from_being_read() 
         pace.note_prompts(10, PIECE_S / 8, beside=True, is_long=False)
     assert pieces > 20
     assert max(since.count(n) for n in range(1, pieces)) <= 100, "it has its turn after 90 tokens at last"
+
+
+def test_the_first_of_many_does_not_keep_all_others_waiting() -> None:
+    pace = Pace(2.0)
+    pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=False, is_long=False)
+    tokens = 0
+    for n_writing in range(1, 4):  # eight came together; each prompt is one piece
+        while pace.turn() is Turn.ANSWERS:
+            pace.note_answers(ANSWER_S, others_each=(8 - n_writing) / n_writing)
+            tokens += 1
+        pace.note_prompts(EVEN_PIECE_TOKENS, PIECE_S, beside=True, is_long=False)
+    assert tokens <= 1.2 * PIECE_S / ANSWER_S, "with equal shares of the time it would be three times"

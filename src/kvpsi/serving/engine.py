@@ -531,7 +531,7 @@ class Engine:
         """What it went into: a token of every answer, or tokens of prompts."""
         n_tokens = sum(part.n_tokens for part in parts)
         if parts[0].sequence.left_at_once == 1:
-            self.pace.note_answers(elapsed_s)
+            self.pace.note_answers(elapsed_s, others_each=len(self.running) / len(parts) - 1)
             self.admission.costs.note_answers(n_tokens, elapsed_s)
         else:
             is_long = any(is_long_prompt(part.sequence) for part in parts)

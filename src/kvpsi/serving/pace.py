@@ -16,9 +16,11 @@ class Pace:
     """Whose turn it is.
 
     Time that answers took is credit for prompts: with a stretch of 2 these get as much time, in pieces of
-    `EVEN_PIECE_TOKENS`. As a piece takes as long as many tokens of answers, pieces of long prompts also keep a distance
-    of so many tokens that 95 of 100 come at the usual pace; a prompt of one or two pieces is let through. Long prompts
-    have their piece after three times as many at last, however many short ones come.
+    `EVEN_PIECE_TOKENS`; where more are being read than written, so many times as much, or the first of many who come
+    together would be written almost alone, while a decode with all of them hardly takes longer. As a piece takes as
+    long as many tokens of answers, pieces of long prompts also keep a distance of so many tokens that 95 of 100 come at
+    the usual pace; a prompt of one or two pieces is let through. Long prompts have their piece after three times as many
+    at last, however many short ones come.
 
     Args:
         stretch: how much longer answers may take while prompts are read; at most 1: the two simply take turns.
@@ -32,11 +34,15 @@ class Pace:
         self._answers_last = False
         self.token_s: float | None = None
 
-    def note_answers(self, seconds: float) -> None:
-        """Every answer that is being written got a token; ``token_s`` is how long that takes, on average."""
+    def note_answers(self, seconds: float, *, others_each: float = 0.0) -> None:
+        """Every answer that is being written got a token; ``token_s`` is how long that takes, on average.
+
+        ``others_each`` are the prompts that are being read, divided by the answers that are being written.
+        """
         keep = math.exp(-seconds / _REMEMBERED_S)
         self.token_s = seconds if self.token_s is None else keep * self.token_s + (1 - keep) * seconds
-        self._credit_s = min(self._credit_s + (self._stretch - 1) * seconds, 2 * self._piece_s)
+        credit_s = (self._stretch - 1) * seconds * max(1.0, others_each)
+        self._credit_s = min(self._credit_s + credit_s, 2 * self._piece_s)
         self._gaps += 1
         self._long_gaps += 1
         self._answers_last = True
