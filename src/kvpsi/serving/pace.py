@@ -19,8 +19,8 @@ class Pace:
     `EVEN_PIECE_TOKENS`; where more are being read than written, so many times as much, or the first of many who come
     together would be written almost alone, while a decode with all of them hardly takes longer. As a piece takes as
     long as many tokens of answers, pieces of long prompts also keep a distance of so many tokens that 95 of 100 come at
-    the usual pace; a prompt of one or two pieces is let through. Long prompts have their piece after three times as many
-    at last, however many short ones come.
+    the usual pace; a prompt of one or two pieces is let through. Long prompts have their piece after three times as
+    many at last, however many short ones come.
 
     Args:
         stretch: how much longer answers may take while prompts are read; at most 1: the two simply take turns.
