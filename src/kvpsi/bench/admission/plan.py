@@ -86,7 +86,7 @@ class Plan:
     levels: tuple[int, ...] = (1, 2, 4, 8, 32)
     requests: int = 2
     limit_s: float = 60.0
-    long_limit_s: float = 240.0
+    long_limit_s: float = 300.0
     open_s: float = 60.0
     think_s: float = 8.0
     deadline_s: float = 30.0

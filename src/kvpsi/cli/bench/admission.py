@@ -29,7 +29,7 @@ def admission(
     levels: Annotated[str, typer.Option("--levels", help="Clients at once.")] = "1,2,4,8,32",
     requests: Annotated[int, typer.Option("--requests", help="Of each client in the closed loop.")] = 2,
     limit_s: Annotated[float, typer.Option("--limit-s", help="Longest time of a level.")] = 60.0,
-    long_limit_s: Annotated[float, typer.Option("--long-limit-s", help="The same with eight clients.")] = 240.0,
+    long_limit_s: Annotated[float, typer.Option("--long-limit-s", help="The same with eight clients.")] = 300.0,
     open_s: Annotated[float, typer.Option("--open-s", help="How long requests arrive in the open loop.")] = 60.0,
     think_s: Annotated[
         float, typer.Option("--think-s", help="Mean time between two requests of a client there.")
