@@ -17,7 +17,7 @@ def test_it_is_kept_from_its_time_on_and_once() -> None:
     promises.settle(1, 9.5, kept=True)
     assert promises.is_due(1, 9.6), "the second answer to the same prompt"
     assert not promises.is_due(1, 10.5) and promises.expects(9.6) and not promises.expects(10.5)
-    assert len(promises) == 0 and promises.work_s() == promises.most_work_s() == 0.0
+    assert len(promises) == 0 and promises.work_s() == promises.most_work_s("", 1.0) == 0.0
 
 
 def test_work_counts_when_it_is_due_and_by_the_share_that_comes() -> None:
@@ -57,7 +57,7 @@ def test_nothing_is_kept_free_for_those_who_said_that_they_do_not_wait_until_som
     promises = Promises()
     promises.make(1, Promise(10.0, 2.0, Patience.NONE))
     promises.make(2, Promise(10.0, 2.0, Patience.SOME))
-    assert promises.work_s() == 1.0 and promises.most_work_s() == 4.0
+    assert promises.work_s() == 1.0 and promises.most_work_s("", 1.0) == 4.0
     promises.settle(2, 10.0, kept=False)  # it came, but had no time left
     promises.settle(1, 10.0, kept=True)
     promises.make(1, Promise(20.0, 2.0, Patience.NONE))
@@ -70,3 +70,15 @@ def test_they_are_not_kept_without_end() -> None:
     for key in range(5000):
         promises.make(key, Promise(10.0, 1.0, Patience.ENOUGH))
     assert len(promises) == 4096 and promises.due_s(0) is None and promises.due_s(4999) == 10.0
+
+
+def test_who_floods_the_server_is_told_to_wait_and_nobody_else() -> None:
+    promises = Promises()
+    for key in range(1000):
+        promises.make(key, Promise(100.0, 3.0, Patience.NONE, "flood"))
+    promises.make(1000, Promise(100.0, 2.0, Patience.NONE, "modest"))
+    assert promises.most_work_s("flood", 3.0) == pytest.approx(3002.0)
+    assert promises.most_work_s("modest", 3.0) == pytest.approx(2.0 + 5.0)
+    assert promises.most_work_s("new", 3.0) == pytest.approx(3.0 + 2.0)
+    promises.expire(200.0)
+    assert promises.most_work_s("flood", 3.0) == 0.0

@@ -267,14 +267,17 @@ class Admission(Generic[T]):
             return due_s - now_s
         places = self._places()
         # after all who wait now: who comes again goes first, and may not make others late who were let in before
-        wait_s = max(_LEAST_RETRY_S, work_s, self._wait_s(request, places) + self._promises.most_work_s())
+        wait_s = max(
+            _LEAST_RETRY_S, work_s, self._wait_s(request, places) + self._promises.most_work_s(request.flow, work_s)
+        )
         if wait_s > _LONGEST_RETRY_S:
             return _LONGEST_RETRY_S
         if self.policy.foresees:
             left_s = request.wanted_by_s - now_s - wait_s
             patience = Patience.ENOUGH if left_s > work_s * self._limit(places) else Patience.SOME
+            patience = patience if left_s > 0 else Patience.NONE
             place = self._queue.key_of(request)
-            self._promises.make(key, Promise(now_s + wait_s, work_s, patience if left_s > 0 else Patience.NONE, place))
+            self._promises.make(key, Promise(now_s + wait_s, work_s, patience, request.flow, place))
         return wait_s
 
     # -- beginning -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ _KEPT_WEIGHT = 0.1
 _MOST = 4096
 _TOGETHER_S = 0.5
 _BUCKET_S = 4.0
+_ROUNDING_S = 1e-9
 _CHOICE = 2**-12  # of the distance of two places
 
 
@@ -28,11 +29,13 @@ class Patience(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """From ``due_s`` on there is room for ``work_s`` of work, at the ``place`` in the queue that it would have had."""
+    """From ``due_s`` on there is room for ``work_s`` of a ``flow``'s work, at the ``place`` in the queue that it would
+    have had."""
 
     due_s: float
     work_s: float
     patience: Patience
+    flow: str = ""
     place: tuple[float, float, float] | None = None
 
 
@@ -47,7 +50,7 @@ class Promises:
         self._open: OrderedDict[int, Promise] = OrderedDict()
         self._by_due: list[tuple[float, int]] = []
         self._work_s: dict[Patience, defaultdict[int, float]] = {each: defaultdict(float) for each in Patience}
-        self._all_work_s = dict.fromkeys(Patience, 0.0)
+        self._flows: dict[str, dict[Patience, float]] = {}
         self._least_share = {Patience.ENOUGH: 1.0, Patience.SOME: 0.5, Patience.NONE: 0.0}
         self._most_share = dict.fromkeys(Patience, 1.0)
         self._kept: tuple[int, float, Promise | None] = 0, -math.inf, None
@@ -68,9 +71,15 @@ class Promises:
             if bucket * _BUCKET_S <= until_s
         )
 
-    def most_work_s(self) -> float:
-        """Seconds of work that may come again."""
-        return sum(self._most_share[patience] * max(0.0, work_s) for patience, work_s in self._all_work_s.items())
+    def most_work_s(self, flow: str, work_s: float) -> float:
+        """Seconds of work that may come again before more ``work_s`` of a flow: its own, and of each other one no more
+        than it has then, as they take turns."""
+        by_flow = {
+            each: sum(self._most_share[patience] * part_s for patience, part_s in parts.items())
+            for each, parts in self._flows.items()
+        }
+        own_s = by_flow.pop(flow, 0.0)
+        return own_s + sum(min(other_s, own_s + work_s) for other_s in by_flow.values())
 
     def make(self, key: int, promise: Promise) -> None:
         """Promise it."""
@@ -83,7 +92,8 @@ class Promises:
             self._by_due = [(each.due_s, key) for key, each in self._open.items()]
             heapq.heapify(self._by_due)
         self._work_s[promise.patience][_bucket_of(promise)] += promise.work_s
-        self._all_work_s[promise.patience] += promise.work_s
+        flow = self._flows.setdefault(promise.flow, dict.fromkeys(Patience, 0.0))
+        flow[promise.patience] += promise.work_s
 
     def due_s(self, key: int) -> float | None:
         """When it was told to come again; None if nothing was promised."""
@@ -139,10 +149,11 @@ class Promises:
         if promise is not None:
             by_due, bucket = self._work_s[promise.patience], _bucket_of(promise)
             by_due[bucket] -= promise.work_s
-            self._all_work_s[promise.patience] -= promise.work_s
-            if not self._open:
-                self._all_work_s = dict.fromkeys(Patience, 0.0)  # no rounding is carried on
-            if by_due[bucket] <= 1e-9:
+            flow = self._flows[promise.flow]
+            flow[promise.patience] -= promise.work_s
+            if max(flow.values()) <= _ROUNDING_S:
+                del self._flows[promise.flow]
+            if by_due[bucket] <= _ROUNDING_S:
                 del by_due[bucket]
 
 

@@ -27,6 +27,7 @@ class Outcome:
         answered: whether there was a whole answer.
         cut: whether it was not waited for any longer, so that it would have taken more than ``latency_s``.
         rejected: whether it was turned away in the end.
+        told_s: after which it might have come again then.
         problem: what else went wrong.
     """
 
@@ -39,6 +40,7 @@ class Outcome:
     answered: bool = False
     cut: bool = False
     rejected: bool = False
+    told_s: float = 0.0
     problem: str = ""
 
 
@@ -89,19 +91,24 @@ def outcome(made: Attempt, sent_s: float, before_s: float, n_attempts: int = 1) 
         answered=not made.problem,
         cut=made.cut,
         rejected=made.status == 429,
+        told_s=made.retry_after_s or 0.0,
         problem="" if made.cut or made.status == 429 else made.problem,
     )
 
 
 def closed_loop(asker: Asker, prompts: Sequence[str], n_clients: int, limit_s: float) -> list[Outcome]:
-    """So many clients, each with its share of the prompts one after the other; nobody waits beyond the limit."""
+    """So many clients, each with its share of the prompts one after the other; nobody waits beyond the limit.
+
+    Who gives up a question asks the next one when the server said that there is room.
+    """
     found: list[Outcome] = []
     began = time.monotonic()
 
     def client(number: int) -> None:
         for prompt in prompts[number::n_clients]:
             if time.monotonic() - began < limit_s:
-                found.append(asker.ask(prompt, began, began + limit_s))
+                found.append(asked := asker.ask(prompt, began, began + limit_s))
+                time.sleep(min(asked.told_s, max(0.0, began + limit_s - time.monotonic())))
 
     together([lambda number=number: client(number) for number in range(n_clients)])  # type: ignore[misc]
     return found
