@@ -169,13 +169,15 @@ class Admission(Generic[T]):
         expected = self._promises.is_due(key, now_s)
         if not expected:  # else little of its time is left
             self._note_deadline(now_s, request, work_s)
-        if self._is_too_late(now_s, request, work_s) if expected else self._is_scarce(now_s, request, work_s):
+        places = self._places()
+        refuses = self._is_too_late if expected else self._is_scarce
+        if refuses(now_s, request, work_s, places):
             self.turned.late += 1
             self._promises.settle(key, now_s, kept=False)
-            raise TooLateError(self._promise(now_s, request, work_s))
+            raise TooLateError(self._promise(now_s, request, work_s, places))
         # places that were promised are there beside those of the queue
-        if len(self._queue) >= self.most * (2 if expected else 1) + self._free(self._places()):
-            return self._displace(request, now_s, work_s)
+        if len(self._queue) >= self.most * (2 if expected else 1) + self._free(places):
+            return self._displace(now_s, request, work_s, places)
         kept = self._promises.settle(key, now_s, kept=True) if expected else None
         self._queue.put(request, work_s, kept.place if kept else None)
         return None
@@ -197,12 +199,12 @@ class Admission(Generic[T]):
             return math.inf
         return max(_LEAST_AT_ONCE, _SERVED_SHARE * self._deadline_in_work)
 
-    def _displace(self, request: T, now_s: float, work_s: float) -> T:
+    def _displace(self, now_s: float, request: T, work_s: float, places: Places) -> T:
         """Put it in the place of the last one, if it comes before that."""
         last = self._queue.last()
         if last is None or self._queue.key_of(request) >= last.key or last.key[0] < 0:
             self.turned.full += 1
-            raise QueueFullError(self._promise(now_s, request, work_s))
+            raise QueueFullError(self._promise(now_s, request, work_s, places))
         self._queue.put(request, work_s)
         self._queue.discard(last.request)
         self.turned.displaced += 1
@@ -221,23 +223,21 @@ class Admission(Generic[T]):
         beginning_s = waiting_s * n_free / n_waiting if n_waiting else 0.0
         return waiting_s - beginning_s + 2 * (places.work_s + beginning_s) / (places.running + n_free + 1)
 
-    def _is_scarce(self, now_s: float, request: T, work_s: float) -> bool:
+    def _is_scarce(self, now_s: float, request: T, work_s: float, places: Places) -> bool:
         """Whether it would wait longer than it may."""
         if not self.policy.foresees or not self.costs.are_known:
             return False
-        places = self._places()
         wait_s = self._wait_s(request, places)
         if wait_s == 0:
             return False
         allowed_s = self._allowed_s(now_s, request, work_s, places)
         if wait_s > allowed_s:
             return True
-        # who was told to come again goes first, but nobody is turned away for them while nobody waits
+        # work that was promised a place comes first, but nobody is turned away for it while nobody waits
         return len(self._queue) > 0 and wait_s + self._promises.work_s(now_s + allowed_s) > allowed_s
 
-    def _is_too_late(self, now_s: float, request: T, work_s: float) -> bool:
+    def _is_too_late(self, now_s: float, request: T, work_s: float, places: Places) -> bool:
         """Whether it would not be done in time even if it began at once, beside others."""
-        places = self._places()
         if not self.policy.foresees or not (places.running or len(self._queue)):
             return False
         return self._until_begin_s(now_s, request, work_s, places) < 0
@@ -259,23 +259,20 @@ class Admission(Generic[T]):
         """Places that nobody has yet."""
         return max(0, min(places.parallel, self._limit(places)) - places.running)
 
-    def _promise(self, now_s: float, request: T, work_s: float) -> float:
+    def _promise(self, now_s: float, request: T, work_s: float, places: Places) -> float:
         """After how many seconds there will be a place for it, which is kept unless that is very long."""
         key = hash(request.fingerprint)
         due_s = self._promises.due_s(key)
         if due_s is not None and due_s > now_s:
             return due_s - now_s
-        places = self._places()
-        # after all who wait now: who comes again goes first, and may not make others late who were let in before
+        # after all who wait now, as who comes again may not make others late who were let in before
         wait_s = max(
             _LEAST_RETRY_S, work_s, self._wait_s(request, places) + self._promises.most_work_s(request.flow, work_s)
         )
         if wait_s > _LONGEST_RETRY_S:
             return _LONGEST_RETRY_S
         if self.policy.foresees:
-            left_s = request.wanted_by_s - now_s - wait_s
-            patience = Patience.ENOUGH if left_s > work_s * self._limit(places) else Patience.SOME
-            patience = patience if left_s > 0 else Patience.NONE
+            patience = Patience.of(request.wanted_by_s - now_s - wait_s, work_s * self._limit(places))
             place = self._queue.key_of(request)
             self._promises.make(key, Promise(now_s + wait_s, work_s, patience, request.flow, place))
         return wait_s
@@ -326,10 +323,10 @@ class Admission(Generic[T]):
         for request in self._queue.overdue(now_s):
             work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
             self.turned.late += 1
-            found.append((request, WaitedTooLongError(self._promise(now_s, request, work_s))))
+            found.append((request, WaitedTooLongError(self._promise(now_s, request, work_s, self._places()))))
         return found
 
     def retry_after_s(self, request: T) -> float:
         """What one that had to give way is to be told."""
         work_s = self.costs.work_s(request.n_prompt, request.max_tokens)
-        return self._promise(self._clock(), request, work_s)
+        return self._promise(self._clock(), request, work_s, self._places())

@@ -26,6 +26,13 @@ class Patience(enum.Enum):
     SOME = enum.auto()
     NONE = enum.auto()
 
+    @classmethod
+    def of(cls, left_s: float, answering_s: float) -> Patience:
+        """Of a client that has so much time left when it is to come, for an answer that takes so long."""
+        if left_s <= 0:
+            return cls.NONE
+        return cls.ENOUGH if left_s > answering_s else cls.SOME
+
 
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -108,13 +115,16 @@ class Promises:
         before, kept_s, _ = self._kept
         if key == before and now_s - kept_s < _TOGETHER_S:
             return True
+        return self._due(key, now_s) is not None
+
+    def _due(self, key: int, now_s: float) -> Promise | None:
         promise = self._open.get(key)
-        return promise is not None and now_s >= promise.due_s - _EARLY_S
+        return promise if promise is not None and now_s >= promise.due_s - _EARLY_S else None
 
     def settle(self, key: int, now_s: float, *, kept: bool) -> Promise | None:
         """One that was due came, and was let in, or had no time left; what it was promised, None if it was not due."""
-        promise = self._open.get(key)
-        if promise is None or now_s < promise.due_s - _EARLY_S:
+        promise = self._due(key, now_s)
+        if promise is None:
             return self._next_choice() if kept and key == self._kept[0] else None
         self._take_out(key)
         self._note(promise, kept=kept)

@@ -24,6 +24,7 @@ from kvpsi.units import format_bytes
 
 SwapKind = Literal["none", "zram", "shared"]
 _LEAST_BYTES = 16 << 20
+LEAST_CPUS, MOST_CPUS = 0.01, 1024
 _SYSTEM_PRESSURE = Path("/proc/pressure/memory")
 # Joins the cgroups named before "--" and becomes the command behind it; no other process of ours is on the board.
 _ENTER = 'while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 125; shift; done; shift; exec "$@"'
@@ -56,8 +57,10 @@ class BoardSettings:
             )
         if self.swap not in get_args(SwapKind):
             raise UsageError(f"A board's swap is one of {', '.join(get_args(SwapKind))}, not {self.swap!r}.")
-        if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
-            raise UsageError(f"A board cannot have {self.cpus:g} processors; give it between 0.01 and 1024.")
+        if self.cpus is not None and not LEAST_CPUS <= self.cpus <= MOST_CPUS:
+            raise UsageError(
+                f"A board cannot have {self.cpus:g} processors; give it between {LEAST_CPUS} and {MOST_CPUS}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpsi.board.board import BoardSettings, open_board
+from kvpsi.board.board import LEAST_CPUS, MOST_CPUS, BoardSettings, open_board
 from kvpsi.board.places import find_places
 from kvpsi.board.waiting import wait_for
 from kvpsi.errors import EnvironmentProblem, UsageError
@@ -36,9 +36,10 @@ class Limits:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
+        if self.cpus is not None and not LEAST_CPUS <= self.cpus <= MOST_CPUS:
             raise UsageError(
-                f"Nothing can be held to {self.cpus:g} processors; give between 0.01 and 1024 with --cpus."
+                f"Nothing can be held to {self.cpus:g} processors; give between {LEAST_CPUS} and {MOST_CPUS} with "
+                "--cpus."
             )
         BoardSettings(self.memory_bytes, "shared", self.cpus)  # complains of too little memory
 
