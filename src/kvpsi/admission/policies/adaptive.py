@@ -18,7 +18,7 @@ class AdaptiveSettings:
 
     Attributes:
         tolerance: how many more answers at once than there usually were: they get slower by as much.
-        usual_s: time over which it is averaged how many there were.
+        usual_s: time over which it is averaged how many there were; at first it is shorter while nobody waits.
         comfortable_s: a time between two tokens that nobody minds: a person reads 5 to 10 tokens a second.
         slower: how much longer than on average over ``speed_s`` a token may take, for each answer, before there are to
             be fewer of them; it takes a little longer with every token that answers have got already.
@@ -104,9 +104,11 @@ class Adaptive:
         each_s = None if load.token_s is None else load.token_s / max(1, load.writing)
         held = self._held_by(load)
         began_s = load.time_s if state.began_s is None else state.began_s
-        # at first the averages go over what there is
+        # at first the averages go over what there is; but while somebody waits, their number is what the limit makes it
         known_s = max(_LEAST_KNOWN_S, load.time_s - began_s)
-        usual_s = min(known_s, s.usual_s * (s.held_factor if held else 1.0))
+        usual_s = s.usual_s * (s.held_factor if held else 1.0)
+        if not load.waiting:
+            usual_s = min(known_s, usual_s)
         speed_s = min(known_s, s.speed_s)
         state = replace(
             state,

@@ -46,7 +46,8 @@ class Adaptation:
 
 def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation:
     """Eight clients all the time, who want answers of half to twice ``n_predict`` tokens, so that they do not all begin
-    at the same moments; neighbours on every processor come, and go again."""
+    at the same moments; neighbours on every processor come, and go again. Prompts are short, as tokens that are read do
+    not count, and how many of them fall into a window is chance."""
     ended = threading.Event()
     times: list[float] = []
 
@@ -58,7 +59,7 @@ def play(subject: Subject, number: int, seed: int, n_predict: int) -> Adaptation
             attempt(subject.url, messages, n_tokens, timeout_s=60, ended=ended, on_text=times.append, ignore_eos=True)
 
     rng = random.Random(seed)
-    asked = [(prompt, rng.randint(n_predict // 2, 2 * n_predict)) for prompt in draw(_CLIENTS * 200, seed)]
+    asked = [(prompt, rng.randint(n_predict // 2, 2 * n_predict)) for prompt in draw(_CLIENTS * 200, seed, 1)]
     began = time.monotonic()
     threads = [threading.Thread(target=client, args=(asked[i::_CLIENTS],), daemon=True) for i in range(_CLIENTS)]
     for thread in threads:

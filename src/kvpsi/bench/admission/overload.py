@@ -25,9 +25,11 @@ _LOOK_S = 0.5
 class Overload:
     """What came of it; rates in requests a second.
 
-    ``goodput`` are answers within the deadline of their attempt while requests arrived. Of ``honoured`` clients that
-    came again when they were told, ``kept`` were answered within the deadline then. ``told_nothing`` were turned away
-    without a time, ``told_too_long`` with one that the bench does not wait for, which counts as not kept.
+    ``goodput`` are answers within the deadline of their attempt that ended in the measured minute. It begins when
+    the load has been there for as long as the deadline, so that as many answers are on their way when it begins as when
+    it ends. Of ``honoured`` clients that came again when they were told, ``kept`` were answered within the deadline
+    then. ``told_nothing`` were turned away without a time, ``told_too_long`` with one that the bench does not wait for,
+    which counts as not kept.
     """
 
     variant: str
@@ -45,7 +47,7 @@ class Overload:
 
 
 def play(plan: Plan, subject: Subject, seed: int) -> Overload:
-    """Eight clients in a closed loop tell what can be sustained; then twice that comes, for a minute."""
+    """Eight clients in a closed loop tell what can be sustained; then twice that comes, for a minute and a half."""
     asker = Asker(subject.url, plan.n_predict, plan.deadline_s)
     with subject.pressed():
         began = time.monotonic()
@@ -55,7 +57,8 @@ def play(plan: Plan, subject: Subject, seed: int) -> Overload:
 
 
 def _overload(plan: Plan, subject: Subject, sustainable: float, seed: int) -> Overload:
-    times = arrivals(_FACTOR * max(sustainable, 0.05), plan.open_s, seed)
+    from_s, until_s = plan.deadline_s, plan.deadline_s + plan.open_s
+    times = arrivals(_FACTOR * max(sustainable, 0.05), until_s, seed)
     prompts = draw_varied(len(times), seed)
     began = time.monotonic()
     attempts: list[tuple[float, Attempt]] = []
@@ -101,8 +104,8 @@ def _overload(plan: Plan, subject: Subject, sustainable: float, seed: int) -> Ov
     return Overload(
         subject.variant,
         sustainable,
-        len(times) / plan.open_s,
-        sum(end_s <= plan.open_s for end_s in good) / plan.open_s,
+        len(times) / until_s,
+        sum(from_s < end_s <= until_s for end_s in good) / plan.open_s,
         len(times),
         len(rejected),
         sum(made.retry_after_s is None for made in rejected),
