@@ -18,7 +18,8 @@ class AdaptiveSettings:
 
     Attributes:
         tolerance: how many more answers at once than there usually were: they get slower by as much.
-        usual_s: time over which it is averaged how many there were; at first it is shorter while nobody waits.
+        usual_s: time over which it is averaged how many there were, less at first.
+        queued_s: the least such time while somebody waits: then their number is what the limit makes it.
         comfortable_s: a time between two tokens that nobody minds: a person reads 5 to 10 tokens a second.
         slower: how much longer than on average over ``speed_s`` a token may take, for each answer, before there are to
             be fewer of them; it takes a little longer with every token that answers have got already.
@@ -36,6 +37,7 @@ class AdaptiveSettings:
 
     tolerance: float = 1.3
     usual_s: float = 180.0
+    queued_s: float = 60.0
     comfortable_s: float = 0.05
     slower: float = 1.25
     speed_s: float = 60.0
@@ -54,7 +56,7 @@ class AdaptiveSettings:
     def __post_init__(self) -> None:
         if min(self.tolerance, self.slower, self.first_token_slower) <= 1:
             raise UsageError("A tolerance is above 1: nobody can join without making the others slower.")
-        if min(self.comfortable_s, self.usual_s, self.speed_s, self.up_s, self.down_s) <= 0:
+        if min(self.comfortable_s, self.usual_s, self.queued_s, self.speed_s, self.up_s, self.down_s) <= 0:
             raise UsageError("Times of the adaptive limit must be above 0 seconds.")
 
 
@@ -104,11 +106,10 @@ class Adaptive:
         each_s = None if load.token_s is None else load.token_s / max(1, load.writing)
         held = self._held_by(load)
         began_s = load.time_s if state.began_s is None else state.began_s
-        # at first the averages go over what there is; but while somebody waits, their number is what the limit makes it
+        # at first the averages go over what there is
         known_s = max(_LEAST_KNOWN_S, load.time_s - began_s)
-        usual_s = s.usual_s * (s.held_factor if held else 1.0)
-        if not load.waiting:
-            usual_s = min(known_s, usual_s)
+        usual_s = max(known_s, s.queued_s) if load.waiting else known_s
+        usual_s = min(usual_s, s.usual_s * (s.held_factor if held else 1.0))
         speed_s = min(known_s, s.speed_s)
         state = replace(
             state,
