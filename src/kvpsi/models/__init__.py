@@ -9,6 +9,7 @@ from kvpsi.models.store import (
     cached_model_path,
     default_model_path,
     pull,
+    read_header,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "check_gguf",
     "default_model_path",
     "pull",
+    "read_header",
 ]

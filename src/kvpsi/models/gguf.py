@@ -47,7 +47,11 @@ _RECURRENT_KEYS = ("ssm.", "wkv.", "shortconv.", "kda.")
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """What the header of a sound GGUF file says; None where the file leaves it out."""
+    """What the header of a sound GGUF file says; None where the file leaves it out.
+
+    ``kv_elements_per_token`` are numbers that a token's keys and values have in all layers; a sliding window is not
+    taken into account.
+    """
 
     path: Path
     size_bytes: int
@@ -59,6 +63,7 @@ class GgufInfo:
     sliding_window: int | None
     n_tensors: int
     memory: MemoryKind
+    kv_elements_per_token: int | None = None
 
     @property
     def is_recurrent(self) -> bool:
@@ -86,6 +91,16 @@ def check_gguf(path: str | os.PathLike[str]) -> GgufInfo:
         raise ModelFileError(f"{str(model_path)!r} cannot be read ({why}): name a .gguf file.") from error
 
 
+def read_gguf(file: BinaryIO, name: str, size_bytes: int) -> GgufInfo:
+    """The header of an open file that need not be here in whole, such as one that is read over a network.
+
+    Raises:
+        ModelFileError: it is not sound.
+        OSError: it cannot be read.
+    """
+    return _Header(file, Path(name), size_bytes).read(local=False)
+
+
 class _Header:
     """One pass over the header of an open file."""
 
@@ -95,7 +110,7 @@ class _Header:
         self._size_bytes = size_bytes
         self._strings_left = _MOST_STRINGS
 
-    def read(self) -> GgufInfo:
+    def read(self, *, local: bool = True) -> GgufInfo:
         if self._size_bytes == 0:
             raise ModelFileError(f"{self._path} is empty: download it again.")
         if self._file.read(4) != _MAGIC:
@@ -113,16 +128,15 @@ class _Header:
         metadata = self._metadata(n_keys)
         info = _info(self._path, self._size_bytes, version, n_tensors, metadata)
         self._check_tensors(n_tensors, _whole(metadata, "general.alignment") or 32)
-        _check_split(self._path, metadata)
+        if local:
+            _check_split(self._path, metadata)
         return info
 
     def _metadata(self, n_keys: int) -> dict[str, object]:
         metadata: dict[str, object] = {}
         for _ in range(n_keys):
             key = self._key()
-            value = self._value(int(self._number("I")))
-            if value is not None:
-                metadata[key] = value
+            metadata[key] = self._value(int(self._number("I")))
         return metadata
 
     def _value(self, kind: int) -> object:
@@ -246,7 +260,28 @@ def _info(path: Path, size_bytes: int, version: int, n_tensors: int, metadata: M
         sliding_window=_whole(metadata, f"{architecture}.attention.sliding_window"),
         n_tensors=n_tensors,
         memory=_memory_kind(architecture, metadata),
+        kv_elements_per_token=_kv_elements(architecture, metadata),
     )
+
+
+def _kv_elements(architecture: str, metadata: Mapping[str, object]) -> int | None:
+    """Of one token: for each layer ``KV heads * (key length + value length)``, as llama.cpp reads these keys; None
+    where they are missing, or are a list, as layers differ."""
+
+    def whole(key: str) -> int | None:
+        return _whole(metadata, f"{architecture}.{key}")
+
+    n_layers, n_heads, n_embd = whole("block_count"), whole("attention.head_count"), whole("embedding_length")
+    if n_layers is None or n_heads is None or n_embd is None:
+        return None
+    n_kv_heads = whole("attention.head_count_kv")
+    if n_kv_heads is None and f"{architecture}.attention.head_count_kv" not in metadata:
+        n_kv_heads = n_heads
+    if n_kv_heads is None:
+        return None
+    key_length = whole("attention.key_length") or n_embd // n_heads
+    value_length = whole("attention.value_length") or n_embd // n_heads
+    return n_layers * n_kv_heads * (key_length + value_length)
 
 
 def _memory_kind(architecture: str, metadata: Mapping[str, object]) -> MemoryKind:

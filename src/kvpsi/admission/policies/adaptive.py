@@ -37,7 +37,7 @@ class AdaptiveSettings:
 
     tolerance: float = 1.3
     usual_s: float = 180.0
-    queued_s: float = 60.0
+    queued_s: float = 90.0
     comfortable_s: float = 0.05
     slower: float = 1.25
     speed_s: float = 60.0

@@ -1,0 +1,159 @@
+"""``kvpsi simulate``: the control law and others on a simulated board."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpsi.cli.bench.show import status_on_stderr, usable_folder
+from kvpsi.cli.output import one_line, print_json
+from kvpsi.errors import UsageError
+from kvpsi.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from kvpsi.hog import HogSettings
+    from kvpsi.sim.boards import Board, Swap
+    from kvpsi.sim.llms import Llm
+
+_MOST_SEEDS = 100_000
+
+
+def simulate(
+    board: Annotated[str, typer.Option("--board", help="A preset; --memory instead gives any size.")] = "vps-4gb",
+    memory: Annotated[str, typer.Option("--memory", help="Of the board, such as 600M.")] = "",
+    swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")] = "3b",
+    kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")] = "f16",
+    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")] = 16384,
+    neighbours: Annotated[
+        str, typer.Option("--neighbours", help="Kinds with the most that each takes.")
+    ] = "camera:500M,browser:400M",
+    trace: Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")] = None,
+    controllers: Annotated[str, typer.Option("--controllers", help="Whom to compare.")] = (
+        "safe,static,avg10,headroom,offload,kvpsi"
+    ),
+    seeds: Annotated[int, typer.Option("--seeds", help="Situations, each played with every controller.")] = 20,
+    seconds: Annotated[float, typer.Option("--seconds", help="That are simulated of each.")] = 120.0,
+    conversations: Annotated[int, typer.Option("--conversations", help="That go on at the same time.")] = 2,
+    first_tokens: Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")] = 2000,
+    think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
+    seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
+    out_dir: Annotated[Path, typer.Option("--out-dir", help="Where plots go.")] = Path("out/simulate"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Try a board, a model and neighbours that are not here: kvpsi's own law beside other ways to size a cache."""
+    from kvpsi.sim.conversation import Talk
+    from kvpsi.sim.llms import llm_named
+    from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
+
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise UsageError(f"--seeds {seeds} makes no sense; give 1 to {_MOST_SEEDS}.")
+    if jobs < 0:
+        raise UsageError(f"--jobs {jobs} makes no sense; give 0 or more.")
+    situation = Situation(
+        board=_board(board, memory, swap),
+        llm=llm_named(model, kv_type),
+        n_ctx=ctx,
+        neighbours=_neighbours(neighbours),
+        trace=_trace(trace),
+        talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
+        seconds=seconds,
+    )
+    names = controllers_in([name.strip() for name in controllers.split(",") if name.strip()])
+    problems = []
+    if SAFE in names and situation.safe_ctx() < 1:
+        problems.append("Nothing is safe: beside the neighbours at their most this model does not fit without a cache.")
+        names = tuple(name for name in names if name != SAFE)
+    folder = usable_folder(out_dir)
+    with status_on_stderr() as say:
+        found = play_all(situation, names, range(seed, seed + seeds), jobs or None, say)
+    rows = [row(name, outcomes) for name, outcomes in found.items()]
+    document: dict[str, Any] = {
+        "situation": dataclasses.asdict(situation),
+        "safe_ctx": situation.safe_ctx(),
+        "table": rows,
+        "figures": [figure.as_json() for figure in figures(found)],
+        "problems": problems,
+        "raw": [],
+    }
+    try:
+        from kvpsi.sim.plots import plot
+
+        document["raw"] = plot(folder, found)
+    except ImportError:
+        document["problems"].append("There are no plots without matplotlib: `pip install kvpsi[bench]` installs it.")
+    except OSError as error:
+        document["problems"].append(f"The plots cannot be written ({error.strerror}).")
+    for problem in document["problems"]:
+        print(f"kvpsi: {one_line(problem)}", file=sys.stderr)
+    if json:
+        print_json(document)
+        return
+    print(_told(situation.board, situation.llm))
+    _print(rows)
+
+
+def _print(rows: list[dict[str, object]]) -> None:
+    """A column for each controller."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("mean of the runs", *[str(row["controller"]) for row in rows])
+    for key in [key for key in rows[0] if key != "controller"]:
+        table.add_row(key.replace("_", " "), *[f"{row[key]:g}" for row in rows])
+    Console().print(table)
+
+
+def _told(board: Board, llm: Llm) -> str:
+    swap = f"{format_bytes(board.swap.size_bytes)} of swap" if board.swap else "no swap"
+    return (
+        f"{board.name}: {format_bytes(board.memory_bytes)}, {format_bytes(board.system_bytes)} for the system, "
+        f"{swap}; {llm.name}: weights of {format_bytes(llm.weights_bytes)}, {llm.bytes_per_token} B a token."
+    )
+
+
+def _board(name: str, memory: str, swap: str) -> Board:
+    from kvpsi.sim.boards import Board, board_named
+
+    board = board_named(name)
+    if memory:
+        board = Board("board", parse_bytes(memory), scope="cgroup:board")
+    if swap:
+        board = dataclasses.replace(board, swap=_swap(swap, board.memory_bytes))
+    return board
+
+
+def _swap(text: str, memory_bytes: int) -> Swap | None:
+    from kvpsi.sim.boards import Swap
+
+    if text == "none":
+        return None
+    return Swap(memory_bytes // 2 if text == "zram" else parse_bytes(text))
+
+
+def _neighbours(text: str) -> tuple[tuple[str, int], ...]:
+    from kvpsi.sim.neighbours import KINDS
+
+    found = []
+    for each in (part.strip() for part in text.split(",") if part.strip()):
+        kind, _, size = each.partition(":")
+        if kind not in KINDS or not size:
+            raise UsageError(f"--neighbours {each} is not one of {', '.join(KINDS)} with a size, such as camera:400M.")
+        found.append((kind, parse_bytes(size)))
+    return tuple(found)
+
+
+def _trace(path: Path | None) -> HogSettings | None:
+    from kvpsi.hog import HogSettings
+    from kvpsi.hog.shape import read_trace
+
+    if path is None:
+        return None
+    points = read_trace(path)
+    most = max(size for _, size in points)
+    return HogSettings(max(1, most), shape="trace", trace=points, rate_bytes_s=1e9)

@@ -1,0 +1,172 @@
+"""The same situations for several controllers, many times over, on all processors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from kvpsi.bench.figures import Figure, quantile
+from kvpsi.errors import UsageError
+from kvpsi.hog import HogSettings
+from kvpsi.sim import conversation, neighbours
+from kvpsi.sim.boards import MIB, Board
+from kvpsi.sim.controllers import CONTROLLERS, controller_named
+from kvpsi.sim.conversation import Talk
+from kvpsi.sim.llms import Llm
+from kvpsi.sim.play import LONGEST_S, Outcome, Setup, play
+
+SAFE = "safe"
+"""A static cache of the size that fits even when all neighbours have most, which is what careful people choose."""
+_SAFE_RESERVE_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is the same for all controllers; each seed draws its own neighbours and conversations of it.
+
+    Attributes:
+        board, llm, n_ctx: as for `kvpsi.sim.play.Setup`.
+        neighbours: kinds and the most that each takes, in bytes.
+        trace: a recorded neighbour instead of or beside these.
+        talk: how conversations are drawn.
+        seconds: that are simulated.
+    """
+
+    board: Board
+    llm: Llm
+    n_ctx: int
+    neighbours: tuple[tuple[str, int], ...] = ()
+    trace: HogSettings | None = None
+    talk: Talk = field(default_factory=Talk)
+    seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= LONGEST_S:
+            raise UsageError(f"{self.seconds:g} s cannot be simulated; give more than 0 and at most {LONGEST_S:.0f}.")
+
+    def setup(self, seed: int) -> Setup:
+        """The situation of a seed."""
+        drawn = [
+            (f"{kind} {number}", neighbours.draw(kind, size, self.seconds, 1000 * seed + number))
+            for number, (kind, size) in enumerate(self.neighbours, start=1)
+        ]
+        if self.trace is not None:
+            drawn.append(("trace", self.trace))
+        turns = conversation.draw(self.talk, self.seconds, seed)
+        return Setup(self.board, self.llm, self.n_ctx, turns, drawn, self.seconds)
+
+    @property
+    def most_beside_bytes(self) -> int:
+        """What all neighbours take at most, at the same time."""
+        most = sum(size for _, size in self.neighbours)
+        if self.trace is not None:
+            most += max((size for _, size in self.trace.trace), default=self.trace.size_bytes)
+        return most
+
+    def safe_ctx(self) -> int:
+        """Tokens of a static cache for which there is always room; 0 if there is none.
+
+        What the board has, less the system, 5 % that are kept free, the neighbours at their most, weights and runtime.
+        """
+        taken = self.board.system_bytes + self.most_beside_bytes + self.llm.weights_bytes + self.llm.runtime_bytes
+        left = self.board.memory_bytes * (1 - _SAFE_RESERVE_SHARE) - taken
+        return max(0, min(self.n_ctx, int(left) // self.llm.bytes_per_token))
+
+
+def play_one(situation: Situation, name: str, seed: int) -> Outcome:
+    """One seed with one controller.
+
+    Raises:
+        UsageError: there is no such controller.
+    """
+    setup = situation.setup(seed)
+    if name == SAFE:
+        n_ctx = situation.safe_ctx()
+        if n_ctx < 1:
+            raise UsageError("Even without a cache this model does not fit beside the neighbours at their most.")
+        return replace(play(replace(setup, n_ctx=n_ctx), controller_named("static")), controller=SAFE)
+    return play(setup, controller_named(name))
+
+
+def controllers_in(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, if all are known.
+
+    Raises:
+        UsageError: one is not.
+    """
+    known = (SAFE, *CONTROLLERS)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(f"Controllers are {', '.join(known)}, not {', '.join(unknown) or 'none'}.")
+    return tuple(dict.fromkeys(names))
+
+
+def play_all(
+    situation: Situation,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    n_jobs: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, list[Outcome]]:
+    """All seeds with all controllers, on so many processors at once (None: all)."""
+    found: dict[str, list[Outcome]] = {name: [] for name in names}
+    jobs = [(name, seed) for seed in seeds for name in names]
+    for number, ((name, _), outcome) in enumerate(zip(jobs, _outcomes(situation, jobs, n_jobs), strict=True), start=1):
+        found[name].append(outcome)
+        say(f"simulating, {number} of {len(jobs)}")
+    return found
+
+
+def _outcomes(situation: Situation, jobs: Sequence[tuple[str, int]], n_jobs: int | None) -> Iterator[Outcome]:
+    n_jobs = min(len(jobs), n_jobs or os.cpu_count() or 1)
+    if n_jobs <= 1:
+        yield from (play_one(situation, *job) for job in jobs)
+        return
+    # processes that begin anew: what is forked while other threads run may hang
+    with ProcessPoolExecutor(n_jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        names, seeds = zip(*jobs, strict=True)
+        try:
+            yield from pool.map(play_one, [situation] * len(jobs), names, seeds, chunksize=1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def row(name: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
+    """One controller in a table: sums of who was killed, else means over the seeds."""
+
+    def mean(value: Callable[[Outcome], float]) -> float:
+        return statistics.fmean(value(each) for each in outcomes)
+
+    return {
+        "controller": name,
+        "runs": len(outcomes),
+        "runs_with_a_kill": sum(bool(each.killed) for each in outcomes),
+        "models_killed": sum("model" in each.killed for each in outcomes),
+        "neighbours_killed": sum(len([n for n in each.killed if n != "model"]) for each in outcomes),
+        "peak_mib": round(max(each.peak_bytes for each in outcomes) / MIB),
+        "stall_s": round(mean(lambda each: each.stall_s), 3),
+        "stall_p95_s": round(quantile([each.stall_s for each in outcomes], 0.95), 3),
+        "tokens_lost": round(mean(lambda each: each.forgotten_tokens), 1),
+        "tokens_reread": round(mean(lambda each: each.reread_tokens), 1),
+        "tokens_parked": round(mean(lambda each: each.parked_tokens), 1),
+        "tokens_refused": round(mean(lambda each: each.refused_tokens), 1),
+        "restarts": round(mean(lambda each: each.restarts), 1),
+        "tok_s": round(mean(lambda each: each.tok_s), 2),
+        "context_reached": round(mean(lambda each: each.longest_context)),
+    }
+
+
+def figures(found: Mapping[str, Sequence[Outcome]]) -> list[Figure]:
+    """The same as figures, for the programs that read those of the benches."""
+    units = {"peak_mib": "MiB", "stall_s": "s", "stall_p95_s": "s", "tok_s": "tok/s", "context_reached": "tokens"}
+    return [
+        Figure(f"{name}.{key}", float(value), units.get(key, ""))
+        for name, outcomes in found.items()
+        for key, value in row(name, outcomes).items()
+        if isinstance(value, (int, float))
+    ]

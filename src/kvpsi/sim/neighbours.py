@@ -1,0 +1,132 @@
+"""What else takes memory on a board: how much at which time, drawn from a seed, and the process that takes it.
+
+Each kind is a trace of (seconds, bytes) in `HogSettings`, so that `kvpsi hog --trace` can play the same for real.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+import simpy
+
+from kvpsi.errors import UsageError
+from kvpsi.hog import HogSettings
+from kvpsi.sim.boards import MIB
+from kvpsi.sim.memory import Events, Group, KilledError, Memory
+
+Points = tuple[tuple[float, int], ...]
+
+_TOUCH_EVERY_S = 0.2  # as the real one does (kvpsi.hog.worker)
+_REST_S = 0.05
+
+
+def _camera(rng: random.Random, size_bytes: int, until_s: float) -> Points:
+    """Switched on and off, all of its buffers at once."""
+    points, at_s, on = [(0.0, 0)], rng.uniform(1, 6), True
+    while at_s < until_s:
+        points.append((at_s, size_bytes if on else 0))
+        at_s += rng.uniform(8, 25) if on else rng.uniform(4, 15)
+        on = not on
+    return tuple(points)
+
+
+def _bursts(rng: random.Random, size_bytes: int, until_s: float) -> Points:
+    """Sensors: short peaks at random times."""
+    points, at_s = [(0.0, 0)], rng.expovariate(1 / 4)
+    while at_s < until_s:
+        lasts_s = rng.uniform(0.3, 2.0)
+        points += [(at_s, int(size_bytes * rng.uniform(0.3, 1.0))), (at_s + lasts_s, 0)]
+        at_s += lasts_s + rng.expovariate(1 / 4)
+    return tuple(points)
+
+
+def _browser(rng: random.Random, size_bytes: int, until_s: float) -> Points:
+    """A little more with every page, and now and then many are closed."""
+    points, at_s, now_bytes = [(0.0, 0)], 0.5, 0
+    while at_s < until_s:
+        if rng.random() < 0.08:
+            now_bytes = int(now_bytes * rng.uniform(0.2, 0.6))
+        else:
+            now_bytes = min(size_bytes, now_bytes + int(size_bytes * rng.uniform(0.02, 0.15)))
+        points.append((at_s, now_bytes))
+        at_s += rng.expovariate(1 / 1.5)
+    return tuple(points)
+
+
+def _model(rng: random.Random, size_bytes: int, until_s: float) -> Points:
+    """A second model: it loads its weights, keeps them for some questions, and is unloaded again."""
+    points, at_s = [(0.0, 0)], rng.uniform(2, 10)
+    while at_s < until_s:
+        load_s = rng.uniform(2, 5)
+        points += [(at_s + load_s * n / 20, size_bytes * n // 20) for n in range(1, 21)]
+        at_s += load_s + rng.uniform(15, 40)
+        points.append((at_s, 0))
+        at_s += rng.uniform(5, 30)
+    return tuple(points)
+
+
+KINDS: Mapping[str, Callable[[random.Random, int, float], Points]] = {
+    "camera": _camera,
+    "bursts": _bursts,
+    "browser": _browser,
+    "model": _model,
+}
+
+
+def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
+    """A neighbour that has so much at most; the same one for a seed.
+
+    Raises:
+        UsageError: there is none of this kind.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"Neighbours are {', '.join(KINDS)}, not {kind!r}.")
+    points = KINDS[kind](random.Random(f"{kind} {seed}"), size_bytes, until_s)
+    step_bytes = max(2 * MIB, size_bytes // 256 // MIB * MIB)
+    return HogSettings(size_bytes, step_bytes, shape="trace", trace=points, hold_s=until_s)
+
+
+class Neighbour:
+    """The process: it takes what its settings say in steps, each no faster than memory can be written, and touches all
+    of it five times a second.
+
+    Attributes:
+        group: its process.
+    """
+
+    def __init__(self, env: simpy.Environment, memory: Memory, settings: HogSettings, name: str) -> None:
+        self.group: Group = memory.group(name)
+        self._env, self._memory, self._settings = env, memory, settings
+
+    def start(self) -> None:
+        """Begin."""
+        self.group.process = self._env.process(self._run())
+
+    def _run(self) -> Events:
+        try:
+            yield from self._play()
+            self._memory.end(self.group)
+        except KilledError:
+            return
+        except simpy.Interrupt as interrupt:
+            if not isinstance(interrupt.cause, KilledError):
+                raise
+
+    def _play(self) -> Events:
+        s, env, memory, group = self._settings, self._env, self._memory, self.group
+        began_s, touched_s, has_bytes = env.now, 0.0, 0
+        while (now_s := env.now - began_s) < s.duration_s:
+            target_bytes = s.target_bytes(now_s)
+            if has_bytes + s.step_bytes <= target_bytes:
+                yield from memory.take(group, s.step_bytes)
+                has_bytes += s.step_bytes
+                yield env.timeout(s.step_bytes / 1e9)
+            elif has_bytes > target_bytes:
+                memory.give(group, s.step_bytes)
+                has_bytes -= s.step_bytes
+            else:
+                if now_s - touched_s >= _TOUCH_EVERY_S:
+                    touched_s = now_s
+                    yield from memory.touch(group)
+                yield env.timeout(min(_REST_S, max(1e-6, s.duration_s - now_s)))

@@ -1,0 +1,143 @@
+"""One simulation: a board, a model and who controls its cache, neighbours, and what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import simpy
+
+from kvpsi.errors import UsageError
+from kvpsi.hog import HogSettings
+from kvpsi.kv import CacheSettings
+from kvpsi.sim.boards import Board
+from kvpsi.sim.cache import SimCache
+from kvpsi.sim.controllers import Controller
+from kvpsi.sim.conversation import Turn
+from kvpsi.sim.engine import SimEngine
+from kvpsi.sim.llms import Llm, Speed
+from kvpsi.sim.memory import Events, File, Memory
+from kvpsi.sim.neighbours import Neighbour
+
+_SAMPLE_S = 0.5
+LONGEST_S = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is simulated.
+
+    Attributes:
+        board: the machine.
+        llm: the model.
+        n_ctx: tokens of its cache.
+        turns: what is asked of it.
+        neighbours: by name, what else takes memory, each from the beginning.
+        seconds: the longest that is simulated.
+        speed: of the model; None: what follows from the board.
+        settings: what eviction leaves alone.
+    """
+
+    board: Board
+    llm: Llm
+    n_ctx: int
+    turns: Sequence[Turn]
+    neighbours: Sequence[tuple[str, HogSettings]] = ()
+    seconds: float = 60.0
+    speed: Speed | None = None
+    settings: CacheSettings = field(default_factory=CacheSettings)
+
+    def __post_init__(self) -> None:
+        if self.n_ctx < 1 or not 0 < self.seconds <= LONGEST_S:
+            raise UsageError("A simulation needs a context of one token at least, and a time above 0 s.")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How things stood at a time: bytes in use on the board, of the cache in memory, and in swap; seconds of stall of
+    the board so far."""
+
+    time_s: float
+    usage_bytes: int
+    cache_bytes: int
+    swapped_bytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        controller: who decided.
+        killed: names of who was killed.
+        peak_bytes: the most of the board's memory that was used.
+        stall_s, neighbours_stall_s: in which somebody waited for memory, and one of the neighbours did.
+        forgotten_tokens, reread_tokens, refused_tokens, parked_tokens, written_tokens: counts.
+        restarts: conversations that outgrew the context and began anew.
+        longest_context: tokens that one conversation had at most in the cache.
+        busy_s: in which the model had something to do.
+        samples: twice a second.
+    """
+
+    controller: str
+    killed: tuple[str, ...]
+    peak_bytes: int
+    stall_s: float
+    neighbours_stall_s: float
+    forgotten_tokens: int
+    reread_tokens: int
+    refused_tokens: int
+    parked_tokens: int
+    written_tokens: int
+    restarts: int
+    longest_context: int
+    busy_s: float
+    samples: tuple[Sample, ...]
+
+    @property
+    def tok_s(self) -> float:
+        """Tokens written in a second in which there was something to do."""
+        return self.written_tokens / self.busy_s if self.busy_s else 0.0
+
+
+def play(setup: Setup, controller: Controller) -> Outcome:
+    """Simulate it."""
+    env = simpy.Environment()
+    memory = Memory(env, setup.board)
+    group = memory.group("model")
+    weights = File("weights", setup.llm.weights_bytes)
+    cache = SimCache(memory, group, setup.llm, setup.n_ctx, elastic=controller.elastic, settings=setup.settings)
+    speed = setup.speed or Speed.on(setup.board, setup.llm)
+    engine = SimEngine(env, memory, group, cache, weights, speed, setup.turns)
+    neighbours = [Neighbour(env, memory, settings, name) for name, settings in setup.neighbours]
+    controller.attach(memory, cache, engine)
+    engine.start()
+    for neighbour in neighbours:
+        neighbour.start()
+    samples: list[Sample] = []
+    env.process(_watch(env, memory, cache, samples))
+    env.run(until=setup.seconds)
+    return Outcome(
+        controller=controller.name,
+        killed=tuple(memory.killed),
+        peak_bytes=memory.peak_bytes,
+        stall_s=memory.stall.total_s,
+        neighbours_stall_s=sum(neighbour.group.stall.total_s for neighbour in neighbours),
+        forgotten_tokens=cache.forgotten_tokens,
+        reread_tokens=engine.work.reread,
+        refused_tokens=engine.work.refused,
+        parked_tokens=cache.parked_tokens,
+        written_tokens=engine.work.written,
+        restarts=engine.work.restarts,
+        longest_context=engine.work.longest_context,
+        busy_s=engine.work.busy_s,
+        samples=tuple(samples),
+    )
+
+
+def _watch(env: simpy.Environment, memory: Memory, cache: SimCache, samples: list[Sample]) -> Events:
+    while True:
+        resident = cache.resident_bytes if cache.is_alive else 0
+        samples.append(Sample(env.now, memory.usage_bytes, resident, memory.swapped_bytes, memory.stall.total_s))
+        yield env.timeout(_SAMPLE_S)
