@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
-from kvpsi.hog.shape import read_trace
+from kvpsi.hog.trace import TraceWriter, read_trace
 from kvpsi.hog.worker import _from_json, as_json
 
 MIB = 1 << 20
@@ -55,6 +55,19 @@ def test_a_trace_is_followed(tmp_path: Path) -> None:
     assert targets_mib(settings, 1, 1.5, 1.9, 2, 2.9, 3, 9) == [0, 10, 10, 30, 30, 0, 0]
     assert settings.duration_s == 4
     assert _from_json(as_json(settings)) == settings
+
+
+def test_a_trace_that_was_recorded_can_be_played(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    trace = TraceWriter(file)
+    for time_s, others_mib in ((100.0, 500), (101.0, 700), (102.5, 400)):
+        trace.add(time_s, others_mib * MIB)
+    trace.close()
+    assert read_trace(file) == ((0.0, 0), (1.0, 200 * MIB), (2.5, 0))
+    with pytest.raises(UsageError, match="is there already"):
+        TraceWriter(file)
+    with pytest.raises(UsageError, match="cannot be written"):
+        TraceWriter(tmp_path / "nowhere" / "trace.csv")
 
 
 @pytest.mark.parametrize("text", ["", "1;2M", "x,1M", "1,much", "2,1M\n1,1M", "-1,1M", "nan,1M"])

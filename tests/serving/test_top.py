@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from kvpsi.cli.top import History, _screen, sparkline
+from kvpsi.hog.trace import read_trace
 from kvpsi.serving.status import Status
 from support.servers import Served
 
@@ -64,6 +66,25 @@ def test_it_shows_what_the_server_is_doing(served: Served) -> None:
     assert "small" in done.stdout and "headroom" in done.stdout and "governor" in done.stdout
     document = json.loads(run("--url", f"{served.url.removeprefix('http://')}/v1/", "--json").stdout)
     assert document["model"] == "small" and document["capacity_bytes"] > 0
+
+
+@pytest.mark.engine
+def test_what_others_take_is_recorded_until_ctrl_c(served: Served, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    command = [*COMMAND, "--url", served.url, "--interval-s", "0.1", "--record", str(trace)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        while shown.count("memory pressure") < 4:
+            line = process.stdout.readline()
+            assert line
+            shown += line
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    points = read_trace(trace)
+    assert len(points) >= 4 and points[0] == (0.0, 0)
+    assert all(0 <= size_bytes < 256 << 20 for _, size_bytes in points), "nobody took much meanwhile"
+    assert run("--url", served.url, "--once", "--record", str(trace)).returncode == 2, "it is not overwritten"
 
 
 @pytest.mark.engine

@@ -34,7 +34,8 @@ def hog(
 ) -> None:
     """Take memory, touch all of it over and over, and tell whether that was stalled or killed (exit status 1)."""
     from kvpsi.hog import Hog, HogSettings
-    from kvpsi.hog.shape import MemoryKind, ShapeName, read_trace
+    from kvpsi.hog.shape import MemoryKind, ShapeName
+    from kvpsi.hog.trace import read_trace
 
     points = read_trace(trace) if trace is not None else ()
     settings = HogSettings(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpsi.cli.bench.show import status_on_stderr, usable_folder
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
 from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes, parse_bytes
@@ -43,6 +43,9 @@ def simulate(
     think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
     seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
+    validate: Annotated[
+        list[Path] | None, typer.Option("--validate", help="Simulate these result.json of `bench pressure` instead.")
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out-dir", help="Where plots go.")] = Path("out/simulate"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -51,6 +54,9 @@ def simulate(
     from kvpsi.sim.llms import llm_named
     from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
 
+    if validate:
+        _validate(validate, model, as_json=json)
+        return
     if not 1 <= seeds <= _MOST_SEEDS:
         raise UsageError(f"--seeds {seeds} makes no sense; give 1 to {_MOST_SEEDS}.")
     if jobs < 0:
@@ -96,6 +102,20 @@ def simulate(
         return
     print(_told(situation.board, situation.llm))
     _print(rows)
+
+
+def _validate(paths: list[Path], model: str, *, as_json: bool) -> None:
+    from kvpsi.sim.llms import llm_named
+    from kvpsi.sim.validation import compare, figures
+
+    llm = llm_named(model)
+    compared = [each for path in paths for each in compare(path, llm)]
+    rows = [{**dataclasses.asdict(each), "right": each.is_right} for each in compared]
+    show(
+        {"runs": rows, "figures": [figure.as_json() for figure in figures(compared)]},
+        as_json=as_json,
+        words=map(in_words, rows),
+    )
 
 
 def _print(rows: list[dict[str, object]]) -> None:
@@ -150,7 +170,7 @@ def _neighbours(text: str) -> tuple[tuple[str, int], ...]:
 
 def _trace(path: Path | None) -> HogSettings | None:
     from kvpsi.hog import HogSettings
-    from kvpsi.hog.shape import read_trace
+    from kvpsi.hog.trace import read_trace
 
     if path is None:
         return None

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from http.client import HTTPException
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ def top(
     url: Annotated[str, typer.Option("--url", envvar="KVPSI_URL", help="Of the server.")] = "http://127.0.0.1:8080",
     api_key: Annotated[str, typer.Option("--api-key", envvar="KVPSI_API_KEY", help="If it wants one.")] = "",
     interval_s: Annotated[float, typer.Option("--interval-s", help="Between two looks.")] = 1.0,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Write what others take to a file, for `kvpsi simulate --trace`.")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it and end.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Look once, and print one JSON document.")] = False,
 ) -> None:
@@ -43,11 +47,16 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
+    from kvpsi.hog.trace import TraceWriter
+
     history, console = History(), Console()
     live = Live(console=console, auto_refresh=False) if console.is_interactive and not once else None
-    with live or contextlib.nullcontext():
+    trace = TraceWriter(record) if record is not None else None
+    with live or contextlib.nullcontext(), contextlib.closing(trace) if trace else contextlib.nullcontext():
         while True:
             history.add(status)
+            if trace is not None:
+                trace.add(time.monotonic(), _others_bytes(status))
             if live is not None:
                 live.update(_screen(status, history), refresh=True)
             else:
@@ -56,6 +65,12 @@ def top(
                 return
             time.sleep(interval_s)
             status = _status(url, api_key)
+
+
+def _others_bytes(status: dict[str, Any]) -> int:
+    """What is neither free nor the conversations': it is how this changes that counts."""
+    own = status["committed_bytes"] + status["sessions_bytes"]
+    return int(status["memory_limit_bytes"] - status["headroom_bytes"] - own)
 
 
 def _status(url: str, api_key: str) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from kvpsi.errors import UsageError
-from kvpsi.pressure._text import MalformedTextError
-from kvpsi.units import parse_bytes
 
 ShapeName = Literal["grow", "pulse", "ramp", "sawtooth", "trace"]
 MemoryKind = Literal["anon", "file", "both"]
@@ -98,34 +95,3 @@ class HogSettings:
 
     def _grown(self, t: float) -> int:
         return min(self.size_bytes, int(t * self.rate_bytes_s))
-
-
-def read_trace(path: Path) -> tuple[tuple[float, int], ...]:
-    """A trace from a text file: lines of ``seconds,size`` in order of time, such as ``1.5,300M``; # starts a comment.
-
-    Raises:
-        UsageError: the file cannot be read, or a line is not of this form; names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The trace {path} cannot be read ({error}).") from error
-    points: list[tuple[float, int]] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        time_text, _, size_text = text.partition(",")
-        try:
-            time_s = float(time_text)
-            if not 0 <= time_s < 1e6 or (points and time_s < points[-1][0]):
-                raise MalformedTextError("times go up from 0")
-            size = size_text.strip()
-            points.append((time_s, 0 if size in ("0", "0M") else parse_bytes(size)))
-        except (ValueError, UsageError) as error:
-            raise UsageError(
-                f"Line {number} of the trace {path} is not `seconds,size`, such as 1.5,300M: {error}"
-            ) from error
-    if not points:
-        raise UsageError(f"The trace {path} has no line `seconds,size`, such as 1.5,300M.")
-    return tuple(points)

@@ -36,6 +36,7 @@ class Setup:
         seconds: the longest that is simulated.
         speed: of the model; None: what follows from the board.
         settings: what eviction leaves alone.
+        ends_with_turns: the simulation is over when all that was asked is answered, or the model is dead.
     """
 
     board: Board
@@ -46,6 +47,7 @@ class Setup:
     seconds: float = 60.0
     speed: Speed | None = None
     settings: CacheSettings = field(default_factory=CacheSettings)
+    ends_with_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.n_ctx < 1 or not 0 < self.seconds <= LONGEST_S:
@@ -117,7 +119,9 @@ def play(setup: Setup, controller: Controller) -> Outcome:
         neighbour.start()
     samples: list[Sample] = []
     env.process(_watch(env, memory, cache, samples))
-    env.run(until=setup.seconds)
+    over = env.timeout(setup.seconds)
+    env.run(until=env.any_of([over, group.process]) if setup.ends_with_turns and group.process else over)
+    samples.append(_sample(env, memory, cache))
     return Outcome(
         controller=controller.name,
         killed=tuple(memory.killed),
@@ -138,6 +142,10 @@ def play(setup: Setup, controller: Controller) -> Outcome:
 
 def _watch(env: simpy.Environment, memory: Memory, cache: SimCache, samples: list[Sample]) -> Events:
     while True:
-        resident = cache.resident_bytes if cache.is_alive else 0
-        samples.append(Sample(env.now, memory.usage_bytes, resident, memory.swapped_bytes, memory.stall.total_s))
+        samples.append(_sample(env, memory, cache))
         yield env.timeout(_SAMPLE_S)
+
+
+def _sample(env: simpy.Environment, memory: Memory, cache: SimCache) -> Sample:
+    resident = cache.resident_bytes if cache.is_alive else 0
+    return Sample(float(env.now), memory.usage_bytes, resident, memory.swapped_bytes, memory.stall.total_s)

@@ -24,15 +24,17 @@ _AS_SMALL = 0.1
 class Row:
     """One run in figures; times of tokens are those under pressure, or calm where there was no neighbour.
 
-    ``*_step_ms`` leave out the tokens during which memory was given or tokens were dropped, ``max_ms`` does not.
-    Stalls, prunes and faults are of the time in which those tokens were generated. ``*_kv_cells`` have their memory
-    committed; ``swap_mib`` is in use on the whole machine; ``trusted`` is false if the governed cache stopped giving.
+    ``calm_step_ms`` is the median of the tokens before the neighbour began. The other ``*_step_ms`` leave out the
+    tokens during which memory was given or tokens were dropped, ``max_ms`` does not. Stalls, prunes and faults are of
+    the time in which those tokens were generated. ``*_kv_cells`` have their memory committed; ``swap_mib`` is in use on
+    the whole machine; ``trusted`` is false if the governed cache stopped giving.
     """
 
     variant: Variant
     round: int
     tokens: int
     tok_s: float
+    calm_step_ms: float
     p50_step_ms: float
     p99_step_ms: float
     max_ms: float
@@ -67,6 +69,7 @@ def row_of(run: Run) -> Row:
         round=run.round_number,
         tokens=len(run.pressed),
         tok_s=len(seconds) / sum(seconds) if seconds else 0.0,
+        calm_step_ms=1000 * quantile([t.seconds for t in run.calm], 0.5),
         p50_step_ms=1000 * quantile(steps, 0.5),
         p99_step_ms=1000 * quantile(steps, 0.99),
         max_ms=1000 * max(seconds, default=0.0),
