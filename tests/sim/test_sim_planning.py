@@ -99,6 +99,7 @@ def test_the_command_explains_its_arithmetic(capsys: pytest.CaptureFixture[str])
         (["simulate", "--neighbours", "camera"], "camera:400M"),
         (["simulate", "--controllers", "best"], "Controllers are safe"),
         (["simulate", "--seeds", "0"], "--seeds 0"),
+        (["simulate", "--controllers", "safe", "--neighbours", "camera:4G"], "Nothing is safe"),
         (["simulate", "--swap", "much"], "not a size"),
     ],
 )

@@ -15,7 +15,7 @@ from kvpsi.bench.pressure.report import document_of
 from kvpsi.cli.main import main
 from kvpsi.errors import UsageError
 from kvpsi.sim.boards import MIB
-from kvpsi.sim.llms import Llm
+from kvpsi.sim.llms import Llm, llm_named
 from kvpsi.sim.validation import Compared, compare, figures
 
 LLM = Llm("small", 94 * MIB, 23040, 384)
@@ -42,6 +42,16 @@ def test_what_is_predicted_is_put_beside_what_was_measured(tmp_path: Path) -> No
     assert 500 < governed.predicted_final_tokens < 6000 <= governed.predicted_peak_tokens
     named = {figure.name: figure.value for figure in figures([fixed, governed])}
     assert named["runs"] == 2 and named["worst_final_error"] == governed.errors["final"]
+
+
+def test_of_real_runs_who_is_killed_and_what_a_governed_cache_holds_is_predicted(default_model: Path) -> None:
+    """How long others wait beside a cache that is not governed is not predicted well yet, so it is not asked here."""
+    paths = sorted((Path(__file__).parent / "recorded").glob("*.json"))
+    compared = [each for path in paths for each in compare(path, llm_named(str(default_model)))]
+    assert len(compared) == 12 and sum(each.killed for each in compared) == 2
+    assert [each.predicted_killed for each in compared] == [each.killed for each in compared]
+    assert all(each.errors["final"] < 0.2 and each.errors["peak"] <= 0.2 for each in compared if not each.killed)
+    assert all(each.is_right for each in compared if each.variant == "kvpsi")
 
 
 def test_stall_that_hardly_was_there_is_compared_with_a_quarter_of_a_second() -> None:

@@ -75,6 +75,8 @@ def simulate(
     if SAFE in names and situation.safe_ctx() < 1:
         problems.append("Nothing is safe: beside the neighbours at their most this model does not fit without a cache.")
         names = tuple(name for name in names if name != SAFE)
+        if not names:
+            raise UsageError(f"{problems[0]} Take a smaller model or smaller neighbours, or add other --controllers.")
     folder = usable_folder(out_dir)
     with status_on_stderr() as say:
         found = play_all(situation, names, range(seed, seed + seeds), jobs or None, say)
