@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpsi.sim.boards import MIB, Board, Swap
-from kvpsi.sim.memory import Events, File, Group, KilledError, Memory
+from kvpsi.sim.memory import Events, File, Group, Memory, until_killed
 
 
 def board(mib: int = 100, swap_mib: int = 0, ram_share: float = 0.0) -> Board:
@@ -27,15 +27,10 @@ class World:
         """Have a process do this, until it is done or killed."""
 
         def process() -> Events:
-            try:
-                for each in work:
-                    yield from each()
-            except KilledError:
-                return
-            except simpy.Interrupt as interrupt:
-                assert isinstance(interrupt.cause, KilledError)
+            for each in work:
+                yield from each()
 
-        group.process = self.env.process(process())
+        group.process = self.env.process(until_killed(process()))
         self.env.run()
 
 

@@ -10,8 +10,6 @@ import typer
 from kvpsi.cli.output import print_json
 from kvpsi.units import format_bytes, parse_bytes
 
-_KV_TYPES = ("f16", "q8_0")
-
 
 def plan(
     model: Annotated[str, typer.Argument(help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")],
@@ -27,13 +25,13 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Which context, how many sessions and which type of cache fit, static and elastic, and why."""
-    from kvpsi.sim.llms import llm_named
+    from kvpsi.sim.llms import KV_BYTES, llm_named
     from kvpsi.sim.planning import DELAY_S, Machine, fits, rate_exceeded_with
 
     machine = Machine(parse_bytes(memory), _size(system), _size(neighbours), _size(quiet), cpus)
-    llms = {kv_type: llm_named(model, kv_type) for kv_type in _KV_TYPES}
+    llms = {kv_type: llm_named(model, kv_type) for kv_type in KV_BYTES}
     found = [fit for kv_type, llm in llms.items() for fit in fits(llm, kv_type, machine, p_kill, session_tokens)]
-    llm = llms[_KV_TYPES[0]]
+    llm = llms["f16"]
     rate = rate_exceeded_with(p_kill, cpus)
     if json:
         document: dict[str, Any] = {

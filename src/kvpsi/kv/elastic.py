@@ -250,9 +250,8 @@ class ElasticCache(GatedCache):
     def most_at_once(self) -> int:
         """Shorter pieces the more there is to attend to: a decode that is to stop does so between two nodes of its
         graph, and the longest of them takes time in proportion to both, shared by the threads."""
-        by_depth = _MOST_PAIRS * int(llama_cpp.llama_n_threads_batch(self.ctx)) // max(1, self.used_cells)
-        even = 1 << max(_LEAST_PIECE_TOKENS, by_depth).bit_length() - 1  # no remainders, which are slow
-        return min(super().most_at_once(), even)
+        n_threads = int(llama_cpp.llama_n_threads_batch(self.ctx))
+        return min(super().most_at_once(), piece_at_depth(self.used_cells, n_threads))
 
     @property
     def _gate(self) -> tuple[int, int]:
@@ -792,6 +791,12 @@ class ElasticCache(GatedCache):
         self._closed = True
         for tracker in self.trackers:
             pages.set_apart(tracker.inner, False)
+
+
+def piece_at_depth(used_cells: int, n_threads: int) -> int:
+    """Most tokens of a piece that attends to so many cells, for a decode to stop in time (`most_at_once`)."""
+    by_depth = _MOST_PAIRS * n_threads // max(1, used_cells)
+    return 1 << max(_LEAST_PIECE_TOKENS, by_depth).bit_length() - 1  # no remainders, which are slow
 
 
 def _shares(may_go: Sequence[int], n_cells: int) -> list[tuple[int, int]]:

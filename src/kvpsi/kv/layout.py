@@ -69,8 +69,13 @@ class Section:
     def block_cells(self) -> int:
         """Cells in a block: large enough that at most an eighth of a freed block lies in shared edge pages."""
         widest = max(p.bytes_per_cell for p in self.planes[0])
-        cells = -(-8 * pages.PAGE_BYTES // widest)
-        return min(max(16, -(-cells // 16) * 16), max(self.n_cells // 4, 1))
+        return min(block_cells_of(widest), max(self.n_cells // 4, 1))
+
+
+def block_cells_of(row_bytes: int) -> int:
+    """Cells in a block, if the widest row of one cell has so many bytes and the cache is large."""
+    cells = -(-8 * pages.PAGE_BYTES // row_bytes)
+    return max(16, -(-cells // 16) * 16)
 
 
 def seq_state(ctx: llama_cpp.llama_context_p, seq_id: int) -> bytes:

@@ -18,7 +18,7 @@ class Swap:
         size_bytes: how much of it there may be.
         write_bytes_s, read_bytes_s: how fast; for zram that is how fast it is compressed and unpacked.
         ram_share: what a swapped byte still takes of the board's memory: about half for zram, as much memory can be
-            compressed by two, 0 for a disk, and for zram that is not charged to the board (a cgroup).
+            compressed by two, and 0 for a disk.
     """
 
     size_bytes: int
@@ -60,17 +60,13 @@ class Board:
             raise UsageError(f"The speeds of board {self.name} have to be above 0.")
 
 
-def _zram(size_bytes: int) -> Swap:
-    return Swap(size_bytes)
-
-
 BOARDS: Mapping[str, Board] = {
     board.name: board
     for board in (
         # bandwidth: three fifths of what the makers state (68, 102, 17 GB/s), as is usual for reading weights
-        Board("orin-nano-8gb", 8 * GIB, int(1.2 * GIB), _zram(int(3.7 * GIB)), 41e9, 400 * MIB),
-        Board("orin-nx-16gb", 16 * GIB, int(1.4 * GIB), _zram(int(7.6 * GIB)), 61e9, 800 * MIB),
-        Board("pi5-8gb", 8 * GIB, int(0.5 * GIB), _zram(2 * GIB), 10e9, 60 * MIB),
+        Board("orin-nano-8gb", 8 * GIB, int(1.2 * GIB), Swap(int(3.7 * GIB)), 41e9, 400 * MIB),
+        Board("orin-nx-16gb", 16 * GIB, int(1.4 * GIB), Swap(int(7.6 * GIB)), 61e9, 800 * MIB),
+        Board("pi5-8gb", 8 * GIB, int(0.5 * GIB), Swap(2 * GIB), 10e9, 60 * MIB),
         Board("vps-4gb", 4 * GIB, int(0.35 * GIB), None, 10e9, 150 * MIB),
         Board(
             "laptop-16gb", 16 * GIB, int(2.5 * GIB), Swap(8 * GIB, 300 * MIB, 150 * MIB, ram_share=0.0), 40e9, 500 * MIB

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from kvpsi.kv import CacheSettings
+from kvpsi.kv.elastic import piece_at_depth
 from kvpsi.sim.llms import Llm
 from kvpsi.sim.memory import Events, Group, Memory
 from kvpsi.status import CacheStatus
 
 _UBATCH_TOKENS = 512
-_LEAST_PIECE_TOKENS = 128
-_MOST_PAIRS = 1 << 20  # as in kvpsi.kv.elastic
 
 
 @dataclass(eq=False, slots=True)
@@ -124,8 +122,7 @@ class SimCache:
             return most
         if self.allowed_tokens < self.n_ctx:
             most = min(most, self.allowed_tokens - min(self.held_tokens, self.protected_tokens))
-        by_depth = 1 << int(math.log2(max(_LEAST_PIECE_TOKENS, _MOST_PAIRS // max(1, self.held_tokens))))
-        return max(1, min(most, by_depth))
+        return max(1, min(most, piece_at_depth(self.held_tokens, n_threads=1)))
 
     # -- what a governor needs -----------------------------------------------------------------------------------
 

@@ -40,24 +40,19 @@ class Static(Controller):
 
 
 class Law(Controller):
-    """kvpsi's law, unchanged, run by its governor.
-
-    Attributes:
-        governor: None before it is attached.
-    """
+    """kvpsi's law, unchanged, run by its governor."""
 
     name = "kvpsi"
 
     def __init__(self, settings: LawSettings | None = None, monitor: MonitorSettings | None = None) -> None:
         self.settings = settings or LawSettings()
         self.monitor = monitor or MonitorSettings()
-        self.governor: Governor | None = None
 
     def attach(self, memory: Memory, cache: SimCache, engine: SimEngine) -> None:
         """Look as often as the monitor would."""
         source = SimSource(memory, engine.weights.size_bytes)
-        self.governor = Governor(cache, source, settings=self.settings, monitor=self.monitor)
-        memory.env.process(self._watch(memory.env, cache, self.governor))
+        governor = Governor(cache, source, settings=self.settings, monitor=self.monitor)
+        memory.env.process(self._watch(memory.env, cache, governor))
 
     def _watch(self, env: simpy.Environment, cache: SimCache, governor: Governor) -> Events:
         while cache.is_alive:

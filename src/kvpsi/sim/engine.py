@@ -10,7 +10,7 @@ import simpy
 from kvpsi.sim.cache import Conversation, SimCache
 from kvpsi.sim.conversation import Turn
 from kvpsi.sim.llms import Speed
-from kvpsi.sim.memory import Events, File, Group, KilledError, Memory
+from kvpsi.sim.memory import Events, File, Group, KilledError, Memory, until_killed
 
 _REFUSED_S = 0.05
 _GIVE_UP_S = 30.0
@@ -75,23 +75,17 @@ class SimEngine:
 
     def start(self) -> None:
         """Begin."""
-        self._group.process = self._env.process(self._run())
+        self._group.process = self._env.process(until_killed(self._run()))
 
     def _run(self) -> Events:
-        try:
-            yield from self._memory.take(self._group, self._cache.llm.runtime_bytes)
-            self._memory.map(self._group, self.weights)
-            yield from self._cache.begin()
-            for turn in self._turns:
-                yield self._env.timeout(max(0.0, turn.at_s - self._env.now))
-                began_s = self._env.now
-                yield from self._answer(turn)
-                self.work.busy_s += self._env.now - began_s
-        except KilledError:
-            return
-        except simpy.Interrupt as interrupt:
-            if not isinstance(interrupt.cause, KilledError):
-                raise
+        yield from self._memory.take(self._group, self._cache.llm.runtime_bytes)
+        self._memory.map(self._group, self.weights)
+        yield from self._cache.begin()
+        for turn in self._turns:
+            yield self._env.timeout(max(0.0, turn.at_s - self._env.now))
+            began_s = self._env.now
+            yield from self._answer(turn)
+            self.work.busy_s += self._env.now - began_s
 
     def _answer(self, turn: Turn) -> Events:
         cache = self._cache

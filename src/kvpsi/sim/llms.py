@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvpsi.errors import ModelFileError, UsageError
+from kvpsi.kv.layout import block_cells_of
 from kvpsi.models import read_header
 from kvpsi.sim.boards import MIB, Board
 
-_KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
 """Of an element in the cache; q8_0 keeps 32 of them and a scale in 34 bytes."""
-_PAGE_BYTES = 4096
 _STEP_S = 0.0005
 _READ_TOKENS_AT_ONCE = 6.0
 
@@ -42,8 +42,8 @@ class Llm:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens that are forgotten together, so that whole pages become free (as `kvpsi.kv.layout` has it)."""
-        return max(16, -(-(8 * _PAGE_BYTES) // self.row_bytes // 16) * 16)
+        """Tokens that are forgotten together, so that whole pages become free."""
+        return block_cells_of(self.row_bytes)
 
     def cache_bytes(self, n_tokens: int) -> int:
         """What so many tokens take in the cache."""
@@ -79,7 +79,7 @@ class Speed:
 
 def _preset(name: str, gib: float, n_layers: int, n_kv_heads: int, head_dim: int) -> Llm:
     """A cache of 16-bit numbers: K and V are ``2 * layers * KV heads * head dimension`` elements a token."""
-    row_bytes = int(n_kv_heads * head_dim * _KV_BYTES["f16"])
+    row_bytes = int(n_kv_heads * head_dim * KV_BYTES["f16"])
     return Llm(name, int(gib * 1024) * MIB, 2 * n_layers * row_bytes, row_bytes)
 
 
@@ -121,7 +121,7 @@ def llm_named(name: str, kv_type: str = "f16") -> Llm:
         raise ModelFileError(f"{name} keeps a recurrent state instead of tokens in a cache; name another model.")
     if info.kv_elements_per_token is None or info.n_layer is None:
         raise ModelFileError(f"{name} does not say how large a token's keys and values are; name another model.")
-    per_token = int(info.kv_elements_per_token * _KV_BYTES["f16"])
+    per_token = int(info.kv_elements_per_token * KV_BYTES["f16"])
     row_bytes = -(-per_token // (2 * info.n_layer))
     n_ctx_train = info.context_length or 131072
     llm = Llm(info.name or info.path.stem, info.size_bytes, per_token, row_bytes, n_ctx_train=n_ctx_train)
@@ -129,6 +129,6 @@ def llm_named(name: str, kv_type: str = "f16") -> Llm:
 
 
 def _share_of_f16(kv_type: str) -> float:
-    if kv_type not in _KV_BYTES:
-        raise UsageError(f"The types of a cache are {', '.join(_KV_BYTES)}, not {kv_type!r}.")
-    return _KV_BYTES[kv_type] / _KV_BYTES["f16"]
+    if kv_type not in KV_BYTES:
+        raise UsageError(f"The types of a cache are {', '.join(KV_BYTES)}, not {kv_type!r}.")
+    return KV_BYTES[kv_type] / KV_BYTES["f16"]

@@ -33,6 +33,17 @@ class KilledError(Exception):
     """The kernel killed this process."""
 
 
+def until_killed(work: Events) -> Events:
+    """What a process does, which is over when the kernel kills it."""
+    try:
+        yield from work
+    except KilledError:
+        return
+    except simpy.Interrupt as interrupt:
+        if not isinstance(interrupt.cause, KilledError):
+            raise
+
+
 class File:
     """A file that is mapped and read over and over, such as a model's weights.
 

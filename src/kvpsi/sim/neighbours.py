@@ -13,7 +13,7 @@ import simpy
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
 from kvpsi.sim.boards import MIB
-from kvpsi.sim.memory import Events, Group, KilledError, Memory
+from kvpsi.sim.memory import Events, Group, Memory, until_killed
 
 Points = tuple[tuple[float, int], ...]
 
@@ -101,19 +101,9 @@ class Neighbour:
 
     def start(self) -> None:
         """Begin."""
-        self.group.process = self._env.process(self._run())
+        self.group.process = self._env.process(until_killed(self._run()))
 
     def _run(self) -> Events:
-        try:
-            yield from self._play()
-            self._memory.end(self.group)
-        except KilledError:
-            return
-        except simpy.Interrupt as interrupt:
-            if not isinstance(interrupt.cause, KilledError):
-                raise
-
-    def _play(self) -> Events:
         s, env, memory, group = self._settings, self._env, self._memory, self.group
         began_s, touched_s, has_bytes = env.now, 0.0, 0
         while (now_s := env.now - began_s) < s.duration_s:
@@ -130,3 +120,4 @@ class Neighbour:
                     touched_s = now_s
                     yield from memory.touch(group)
                 yield env.timeout(min(_REST_S, max(1e-6, s.duration_s - now_s)))
+        memory.end(group)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from kvpsi.errors import UsageError
 from kvpsi.governor.law import LawSettings
+from kvpsi.kv import CacheSettings
 from kvpsi.sim.boards import MIB
 from kvpsi.sim.llms import Llm
 
@@ -25,7 +26,7 @@ RATE_MEDIAN_BYTES_S = 100 * MIB
 RATE_SIGMA = 1.0
 TOUCH_BYTES_S = 1e9
 DELAY_S = 0.05
-_FLOOR_TOKENS = 16 + 256 + 64 + 32  # keep, tail, one eviction and one block (kvpsi.kv.CacheSettings)
+_BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ def fits(llm: Llm, kv_type: str, machine: Machine, p_kill: float, session_tokens
     always = machine.system_bytes + llm.weights_bytes + llm.runtime_bytes + reserve
     beside = machine.memory_bytes - always - machine.neighbours_bytes
     quiet = machine.memory_bytes - always - machine.quiet_bytes
-    floor = llm.cache_bytes(_FLOOR_TOKENS)
+    kept = CacheSettings()
+    floor = llm.cache_bytes(kept.keep + kept.tail + kept.min_prune + _BLOCK_TOKENS)
     found = []
     for kind, cache in (("static", beside), ("elastic", quiet if beside >= floor else 0)):
         tokens = max(0, cache // llm.bytes_per_token)

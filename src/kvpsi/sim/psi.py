@@ -60,7 +60,6 @@ class StallCounter:
         if periods < 1:
             return
         # what waits does so without a break since the last call, so that all periods but the first are alike
-        at_s = self._refreshed_s
         for number in range(min(periods, int(10 * _SPANS_S[-1] / _REFRESH_S))):
             at_s = self._refreshed_s + (number + 1) * _REFRESH_S
             total_s = self._total_at(at_s)

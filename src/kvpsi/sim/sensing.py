@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvpsi.pressure.psi import StallMeter
 from kvpsi.pressure.rates import CounterRate, Slope
 from kvpsi.pressure.reading import Headroom, Reading, Stall, Swap
@@ -41,10 +43,7 @@ class SimSource:
         """Sense now."""
         memory, now_s = self._memory, self._memory.env.now
         room = self.headroom()
-        slope = self._slope.update(now_s, room.available_bytes)
-        room = Headroom(
-            room.available_bytes, slope, room.limit_bytes, room.usage_bytes, room.reclaimable_bytes, room.scope
-        )
+        room = replace(room, slope_bytes_s=self._slope.update(now_s, room.available_bytes))
         stall = self._meter.measure(memory.stall.text(), now_s)
         elapsed_s = 0.0 if self._time_s is None else now_s - self._time_s
         self._time_s = now_s
