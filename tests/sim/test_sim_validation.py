@@ -16,7 +16,7 @@ from kvpsi.cli.main import main
 from kvpsi.errors import UsageError
 from kvpsi.sim.boards import MIB
 from kvpsi.sim.llms import Llm, llm_named
-from kvpsi.sim.validation import Compared, compare, figures
+from kvpsi.sim.validation import TOLERANCE, Compared, compare, figures
 
 LLM = Llm("small", 94 * MIB, 23040, 384)
 
@@ -44,14 +44,30 @@ def test_what_is_predicted_is_put_beside_what_was_measured(tmp_path: Path) -> No
     assert named["runs"] == 2 and named["worst_final_error"] == governed.errors["final"]
 
 
-def test_of_real_runs_who_is_killed_and_what_a_governed_cache_holds_is_predicted(default_model: Path) -> None:
-    """How long others wait beside a cache that is not governed is not predicted well yet, so it is not asked here."""
-    paths = sorted((Path(__file__).parent / "recorded").glob("*.json"))
-    compared = [each for path in paths for each in compare(path, llm_named(str(default_model)))]
-    assert len(compared) == 12 and sum(each.killed for each in compared) == 2
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def recorded(kind: str, model: Path) -> list[Compared]:
+    llm = llm_named(str(model))
+    return [each for path in sorted((RECORDED / kind).glob("*.json")) for each in compare(path, llm)]
+
+
+def test_real_runs_that_nothing_was_fitted_to_are_predicted(default_model: Path) -> None:
+    """Of two of them the stall is not: there it is up to 27 % longer than predicted."""
+    compared = recorded("unseen", default_model)
+    assert len(compared) == 18 and sum(each.rounds for each in compared) == 54
     assert [each.predicted_killed for each in compared] == [each.killed for each in compared]
-    assert all(each.errors["final"] < 0.2 and each.errors["peak"] <= 0.2 for each in compared if not each.killed)
-    assert all(each.is_right for each in compared if each.variant == "kvpsi")
+    assert sum(each.killed for each in compared) == 4
+    assert all(max(each.errors.get("final", 0), each.errors.get("peak", 0)) < TOLERANCE for each in compared)
+    wrong = [each for each in compared if not each.is_right]
+    assert len(wrong) <= 2 and all(each.errors["stall"] < 0.3 for each in wrong)
+
+
+def test_real_runs_that_the_constants_were_fitted_to_are_found_again(default_model: Path) -> None:
+    compared = recorded("fitted", default_model)
+    assert len(compared) == 24 and all(each.predicted_killed == each.killed for each in compared)
+    assert sum(each.is_right for each in compared) >= 20
+    assert all(each.errors["stall"] < 0.3 for each in compared)
 
 
 def test_stall_that_hardly_was_there_is_compared_with_a_quarter_of_a_second() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
+from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
 from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes, parse_bytes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvpsi.hog import HogSettings
     from kvpsi.sim.boards import Board, Swap
     from kvpsi.sim.llms import Llm
+    from kvpsi.sim.validation import Compared
 
 _MOST_SEEDS = 100_000
 
@@ -44,7 +45,8 @@ def simulate(
     seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
     validate: Annotated[
-        list[Path] | None, typer.Option("--validate", help="Simulate these result.json of `bench pressure` instead.")
+        list[Path] | None,
+        typer.Option("--validate", help="Simulate this result.json of `bench pressure` instead, or all in a folder."),
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out-dir", help="Where plots go.")] = Path("out/simulate"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -111,12 +113,23 @@ def _validate(paths: list[Path], model: str, *, as_json: bool) -> None:
     from kvpsi.sim.validation import compare, figures
 
     llm = llm_named(model)
-    compared = [each for path in paths for each in compare(path, llm)]
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UsageError(f"There is no result.json in {', '.join(map(str, paths))}; `kvpsi bench pressure` writes one.")
+    compared = [each for file in files for each in compare(file, llm)]
     rows = [{**dataclasses.asdict(each), "right": each.is_right} for each in compared]
-    show(
-        {"runs": rows, "figures": [figure.as_json() for figure in figures(compared)]},
-        as_json=as_json,
-        words=map(in_words, rows),
+    document = {"runs": rows, "figures": [figure.as_json() for figure in figures(compared)]}
+    show(document, as_json=as_json, words=() if as_json else map(_beside, compared))
+
+
+def _beside(run: Compared) -> str:
+    """What was measured, and what was predicted."""
+    died, predicted = ("killed" if was else "lives" for was in (run.killed, run.predicted_killed))
+    return (
+        f"{run.file}, {run.variant} ({run.rounds}): {died}, predicted {predicted}; "
+        f"KV {run.final_tokens} tokens at the end, predicted {run.predicted_final_tokens}; "
+        f"at most {run.peak_tokens}, predicted {run.predicted_peak_tokens}; "
+        f"stall {run.stall_s:.2f} s, predicted {run.predicted_stall_s:.2f} s{'' if run.is_right else ': WRONG'}"
     )
 
 

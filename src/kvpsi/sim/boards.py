@@ -17,6 +17,7 @@ class Swap:
     Attributes:
         size_bytes: how much of it there may be.
         write_bytes_s, read_bytes_s: how fast; for zram that is how fast it is compressed and unpacked.
+        zero_bytes_s: how fast pages go that hold nothing but zeros, of which zram keeps only that they do.
         ram_share: what a swapped byte still takes of the board's memory: about half for zram, as much memory can be
             compressed by two, and 0 for a disk.
     """
@@ -25,9 +26,11 @@ class Swap:
     write_bytes_s: float = 400 * MIB
     read_bytes_s: float = 800 * MIB
     ram_share: float = 0.5
+    zero_bytes_s: float = 800 * MIB
 
     def __post_init__(self) -> None:
-        if self.size_bytes < 1 or min(self.write_bytes_s, self.read_bytes_s) <= 0 or not 0 <= self.ram_share < 1:
+        slowest_bytes_s = min(self.write_bytes_s, self.read_bytes_s, self.zero_bytes_s)
+        if self.size_bytes < 1 or slowest_bytes_s <= 0 or not 0 <= self.ram_share < 1:
             raise UsageError("Swap needs a size and speeds above 0, and its share of memory lies from 0 to below 1.")
 
 

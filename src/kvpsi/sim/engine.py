@@ -15,6 +15,7 @@ from kvpsi.sim.memory import Events, File, Group, KilledError, Memory, until_kil
 _REFUSED_S = 0.05
 _GIVE_UP_S = 30.0
 _LOAD_BYTES_S = 500e6
+_COLD_RUNTIME_SHARE = 0.6  # of what a process has besides weights and cache: needed while it starts only
 
 
 @dataclass(slots=True)
@@ -78,7 +79,9 @@ class SimEngine:
         self._group.process = self._env.process(until_killed(self._run()))
 
     def _run(self) -> Events:
-        yield from self._memory.take(self._group, self._cache.llm.runtime_bytes)
+        runtime_bytes = self._cache.llm.runtime_bytes
+        yield from self._memory.take(self._group, runtime_bytes)
+        self._memory.cool_down(self._group, int(_COLD_RUNTIME_SHARE * runtime_bytes))
         self._memory.map(self._group, self.weights)
         yield from self._cache.begin()
         for turn in self._turns:

@@ -1,10 +1,13 @@
 """The memory of a simulated board, and the kernel that hands it out, takes it back, and kills.
 
-What is modelled, and what decides: page cache that nobody uses goes first; then, if there is swap, memory that was
-never written to, and memory that is not touched any more; then what is in use, files and memory of processes at 140 to
-60 (``vm.swappiness`` is 60). Whoever uses what is gone waits until it is back; whoever takes memory when there is none
-waits for room to be made (direct reclaim). When nothing can be taken back, the process with most of it is killed
-(mm/oom_kill.c: resident and swapped). Not modelled: slab, huge pages, NUMA, background reclaim.
+What is modelled, and what decides: page cache that nobody uses goes first, and what was read of mapped files and not
+dropped and read again since (mm/workingset.c: only by that it is known to be in use); then, if there is swap, memory
+that was never written to, and memory that is not touched any more; then what is in use, files and memory of processes
+at 140 to 60 (``vm.swappiness`` is 60). Whoever uses what is gone waits until it is back; whoever takes memory when
+there is none waits for room to be made (direct reclaim). When nothing can be taken back, the process with most of it
+is killed (mm/oom_kill.c: resident and swapped). Not modelled: slab, huge pages, NUMA, background reclaim.
+
+Constants were fitted to real runs; see `kvpsi.sim.validation`.
 
 All bytes are moved at once, and then waited for, so that a process which is interrupted leaves nothing half done.
 """
@@ -21,8 +24,13 @@ from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.psi import StallCounter
 
 FILE_SHARE = 0.7
+ACTIVATED_SHARE = 0.5
+"""Of what was dropped and read again, so much is known to be in use; the rest may go again."""
+MISSES, MISSES_WITH_SWAP = 0.55, 1.65
+"""Bytes that are read for each that has no room, each time that all is used."""
+SPARE_SHARE = 0.032
+"""Of memory, so much stays free where the kernel swaps."""
 _DROP_BYTES_S = 4e9
-_MISSES = 3.0  # pages read for each that has no room, as those that were dropped are the next to be used
 _STEP_BYTES = 4 * MIB
 
 Events: TypeAlias = Generator[simpy.Event, Any, Any]
@@ -50,12 +58,18 @@ class File:
     Attributes:
         size_bytes: of all of it.
         resident_bytes: in memory.
+        active_bytes: of these, what was dropped once and read again, by which the kernel knows that it is in use.
         dropped_bytes: were there once, so that whoever needs them again waits for memory; the rest was never read.
     """
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.name, self.size_bytes = name, size_bytes
-        self.resident_bytes = self.dropped_bytes = 0
+        self.resident_bytes = self.active_bytes = self.dropped_bytes = 0
+
+    @property
+    def inactive_bytes(self) -> int:
+        """In memory, and for all that the kernel knows needed only once."""
+        return self.resident_bytes - self.active_bytes
 
 
 class Group:
@@ -152,6 +166,11 @@ class Memory:
         return int(self.board.swap.ram_share * sum(g.warm_out_bytes + g.cold_out_bytes for g in self.groups))
 
     @property
+    def _spare_bytes(self) -> int:
+        """What stays free where the kernel can swap."""
+        return int(SPARE_SHARE * self.board.memory_bytes) if self.board.swap is not None else 0
+
+    @property
     def _swap_free_bytes(self) -> int:
         return max(0, self.board.swap.size_bytes - self.swapped_bytes) if self.board.swap else 0
 
@@ -213,21 +232,25 @@ class Memory:
     def read(self, group: Group, file: File) -> Events:
         """Use all of a file once, and wait for what is not there.
 
-        What has no room is read and dropped again, and with it what would have been used next. To read what never was
-        in memory takes as long, but is no stall.
+        What has no room is read and dropped again, at times with what would have been used next. To read what never
+        was in memory takes as long, but is no stall.
         """
         missing = file.size_bytes - file.resident_bytes
         if missing <= 0:
             return
         new = missing - file.dropped_bytes
-        room = max(0, self.free_bytes)
+        room = max(0, self.free_bytes - self._spare_bytes)
         seconds = 0.0 if room >= missing else self._reclaim(missing - room, sparing=file)[1]
-        found = min(missing, max(0, self.free_bytes))
+        found = min(missing, max(0, self.free_bytes - self._spare_bytes))
         file.resident_bytes += found
+        file.active_bytes += int(ACTIVATED_SHARE * max(0, found - new))
         file.dropped_bytes = missing - found
         self._note_peak()
-        again = max(0, found - new) + min(file.size_bytes - found, int(_MISSES * (missing - found)))
+        misses = MISSES if self.board.swap is None else MISSES_WITH_SWAP
+        again = max(0, found - new) + min(file.size_bytes - found, int(misses * (missing - found)))
         self.refaulted_bytes += again
+        if self.board.swap is not None:  # room for each is made anew, and memory of processes is looked at for it, too
+            seconds += again / _DROP_BYTES_S
         yield self.env.timeout(min(new, found) / self.board.read_bytes_s)
         yield from self._waiting(group, seconds + again / self.board.read_bytes_s)
 
@@ -245,7 +268,7 @@ class Memory:
         for file in before:
             if id(file) not in still:
                 self.idle_file_bytes += file.resident_bytes
-                file.resident_bytes = file.dropped_bytes = 0
+                file.resident_bytes = file.active_bytes = file.dropped_bytes = 0
 
     # -- what the kernel does ------------------------------------------------------------------------------------
 
@@ -256,10 +279,12 @@ class Memory:
             KilledError: this process had to.
         """
         seconds = 0.0
-        while (missing := n_bytes - self.free_bytes) > 0:
+        while (missing := n_bytes + self._spare_bytes - self.free_bytes) > 0:
             freed, took_s = self._reclaim(missing)
             seconds += took_s
             if not freed:
+                if n_bytes <= self.free_bytes:
+                    break
                 self._kill()
                 if not group.alive:
                     raise KilledError(group.name)
@@ -275,21 +300,28 @@ class Memory:
 
         dropped = min(n_bytes, self.idle_file_bytes)
         self.idle_file_bytes -= dropped
-        dropped += self._swap_out("zero", left())
-        swapped = self._swap_out("cold", left())
+        zeros = swapped = 0
         if left() > 0:
-            may_swap = bool(self._swap_free_bytes) and any(group.warm_bytes for group in self.groups)
-            share = FILE_SHARE if may_swap else 1.0
-            of_files = int(share * left())
-            of_processes = left() - of_files
-            dropped += self._drop(of_files, sparing)
+            dropped += self._drop("inactive", left(), sparing)
+            zeros = self._swap_out("zero", left())
+            swapped = self._swap_out("cold", left())
+            dropped += self._drop("active", int(self._file_share * left()), sparing)
             # a file that is read makes room of its own pages first, and of memory only as far as that is due
-            swapped += self._swap_out("warm", of_processes if sparing else left())
-            dropped += self._drop(left(), sparing)
+            swapped += self._swap_out("warm", int((1 - FILE_SHARE) * left()) if sparing else left())
+            dropped += self._drop("active", left(), sparing)
         seconds = dropped / _DROP_BYTES_S
         if self.board.swap is not None:
-            seconds += swapped / self.board.swap.write_bytes_s
+            seconds += zeros / self.board.swap.zero_bytes_s + swapped / self.board.swap.write_bytes_s
         return self.free_bytes - before, seconds
+
+    @property
+    def _file_share(self) -> float:
+        """What of the pages that go is of files, when all are in use: both are looked at in proportion to how many
+        there are, weighted 140 to 60 (``get_scan_count`` in mm/vmscan.c)."""
+        if not self._swap_free_bytes:
+            return 1.0
+        files = FILE_SHARE * sum(file.active_bytes for file in self.files)
+        return files / max(1.0, files + (1 - FILE_SHARE) * sum(group.warm_bytes for group in self.groups))
 
     def _swap_out(self, kind: str, n_bytes: int) -> int:
         """Move memory of processes to swap until so much is free, of each in proportion; the bytes that were moved."""
@@ -306,16 +338,18 @@ class Memory:
             moved += part
         return moved
 
-    def _drop(self, n_bytes: int, sparing: File | None) -> int:
+    def _drop(self, kind: str, n_bytes: int, sparing: File | None) -> int:
         """Drop pages of mapped files, of each in proportion; the bytes."""
         files = [file for file in self.files if file is not sparing]
-        most = sum(file.resident_bytes for file in files)
-        wanted = min(n_bytes, most)
+        there = [int(getattr(file, f"{kind}_bytes")) for file in files]
+        wanted = min(n_bytes, sum(there))
         dropped = 0
-        for file in files if wanted > 0 else ():
-            part = min(file.resident_bytes, -(-wanted * file.resident_bytes // most), wanted - dropped)
+        for file, has in zip(files, there, strict=True) if wanted > 0 else ():
+            part = min(has, -(-wanted * has // sum(there)), wanted - dropped)
             file.resident_bytes -= part
             file.dropped_bytes += part
+            if kind == "active":
+                file.active_bytes -= part
             dropped += part
         return dropped
 

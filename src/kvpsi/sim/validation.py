@@ -7,7 +7,8 @@ while it was calm. Everything else is the simulator's own: the constants of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,22 +43,24 @@ class Calibration:
         step_tokens: what every token takes is as much as attending to so many tokens takes.
     """
 
-    runtime_bytes: int = 97 * MIB
+    runtime_bytes: int = 93 * MIB
     zram_write_bytes_s: float = 300 * MIB
     zram_read_bytes_s: float = 600 * MIB
-    zram_share: float = 0.5
-    read_bytes_s: float = 200 * MIB
+    zram_zero_bytes_s: float = 520 * MIB
+    zram_share: float = 0.0
+    read_bytes_s: float = 4000 * MIB
     step_tokens: int = 820
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One run: what was measured, and what was predicted. Stall is of the board, in seconds while tokens were generated
-    beside the neighbour; tokens are those whose memory is committed."""
+    """One variant: what was measured, as the median of its rounds, and what was predicted. Stall is of the board, in
+    seconds while tokens were generated beside the neighbour; tokens are those whose memory is committed; ``killed`` is
+    what happened in most rounds."""
 
     file: str
     variant: str
-    round: int
+    rounds: int
     killed: bool
     predicted_killed: bool
     final_tokens: int
@@ -98,34 +101,41 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def compare(path: Path, llm: Llm, calibration: Calibration | None = None) -> list[Compared]:
-    """All runs of a result whose variants can be simulated.
+    """All variants of a result that can be simulated.
 
     Raises:
         UsageError: the file is no result.
     """
     document, calibration = read_results(path), calibration or Calibration()
     llm = replace(llm, runtime_bytes=calibration.runtime_bytes)
-    runs = [run for run in document["runs"] if run["variant"] in (*VARIANTS, "prune") and run["tokens"]]
-    return [_compare(path.name, document["plan"], run, llm, calibration) for run in runs]
+    rounds: dict[str, list[Mapping[str, Any]]] = {}
+    for run in document["runs"]:
+        if run["variant"] in (*VARIANTS, "prune") and run["tokens"]:
+            rounds.setdefault(run["variant"], []).append(run)
+    return [_compare(path.name, document["plan"], runs, llm, calibration) for runs in rounds.values()]
 
 
 def _compare(
-    name: str, plan: Mapping[str, Any], run: Mapping[str, Any], llm: Llm, calibration: Calibration
+    name: str, plan: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], llm: Llm, calibration: Calibration
 ) -> Compared:
-    calm, outcome = predict(plan, run["variant"], run["calm_step_ms"] / 1000, llm, calibration)
+    def median(value: Callable[[Mapping[str, Any]], float]) -> float:
+        return statistics.median(value(run) for run in runs)
+
+    variant = runs[0]["variant"]
+    calm, outcome = predict(plan, variant, median(lambda run: run["calm_step_ms"]) / 1000, llm, calibration)
     samples = [sample for sample in outcome.samples if sample.time_s >= calm.busy_s]
     tokens = [sample.cache_bytes // llm.bytes_per_token for sample in samples] or [0]
     return Compared(
         file=name,
-        variant=run["variant"],
-        round=run["round"],
-        killed=bool(run["kills"]),
+        variant=variant,
+        rounds=len(runs),
+        killed=median(lambda run: bool(run["kills"])) > 0.5,
         predicted_killed=bool(outcome.killed),
-        final_tokens=run["final_kv_cells"],
+        final_tokens=int(median(lambda run: run["final_kv_cells"])),
         predicted_final_tokens=tokens[-1],
-        peak_tokens=run["peak_kv_cells"],
+        peak_tokens=int(median(lambda run: run["peak_kv_cells"])),
         predicted_peak_tokens=max(tokens),
-        stall_s=run["board_stall"] * run["tokens"] / run["tok_s"],
+        stall_s=median(lambda run: run["board_stall"] * run["tokens"] / run["tok_s"]),
         predicted_stall_s=outcome.stall_s - calm.stall_s,
     )
 
@@ -166,16 +176,17 @@ def _board(board: Mapping[str, Any], calibration: Calibration) -> Board:
     swap = None
     if board["swap"] == "zram":
         speeds = calibration.zram_write_bytes_s, calibration.zram_read_bytes_s
-        swap = Swap(board["memory_bytes"] // 2, *speeds, calibration.zram_share)
+        swap = Swap(board["memory_bytes"] // 2, *speeds, calibration.zram_share, calibration.zram_zero_bytes_s)
     return Board(
         "cgroup", board["memory_bytes"], swap=swap, read_bytes_s=calibration.read_bytes_s, scope="cgroup:board"
     )
 
 
 def figures(compared: Sequence[Compared]) -> list[Figure]:
-    """How many runs were predicted, and the largest errors."""
+    """How many runs there were, how many were predicted, and the largest errors."""
     found = [
         Figure("runs", float(len(compared)), "", 8.0, ">="),
+        Figure("predicted", float(sum(c.is_right for c in compared)), "", 8.0, ">="),
         Figure("kills_wrong", float(sum(c.killed != c.predicted_killed for c in compared)), "", 0.0, "=="),
     ]
     for name in ("final", "peak", "stall"):
