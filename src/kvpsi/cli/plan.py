@@ -25,13 +25,13 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Which context, how many sessions and which type of cache fit, static and elastic, and why."""
-    from kvpsi.sim.llms import KV_BYTES, llm_named
+    from kvpsi.sim.llms import KV_BYTES, llm_named, with_kv_type
     from kvpsi.sim.planning import DELAY_S, Machine, fits, rate_exceeded_with
 
     machine = Machine(parse_bytes(memory), _size(system), _size(neighbours), _size(quiet), cpus)
-    llms = {kv_type: llm_named(model, kv_type) for kv_type in KV_BYTES}
+    llm = llm_named(model)
+    llms = {kv_type: with_kv_type(llm, kv_type) for kv_type in KV_BYTES}
     found = [fit for kv_type, llm in llms.items() for fit in fits(llm, kv_type, machine, p_kill, session_tokens)]
-    llm = llms["f16"]
     rate = rate_exceeded_with(p_kill, cpus)
     if json:
         document: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from kvpsi.errors import DownloadError, EnvironmentProblem, KvpsiError, UsageError
-from kvpsi.models.gguf import GgufInfo, read_gguf
+from kvpsi.models.gguf import GgufInfo, check_gguf, read_gguf
 
 _REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 _SPECS = (
@@ -25,6 +25,7 @@ _PAGE = re.compile(
 )
 _ADDRESS = re.compile(rf"(?:https?://|{_HUB}).*", re.IGNORECASE | re.DOTALL)
 _REACH_TIMEOUT_S = 5.0
+_HEADER_BLOCK_BYTES = 1 << 20
 _FIRST_OF_MANY = re.compile(r"(?P<stem>.+)-00001-of-(?P<n_files>[0-9]{5})\.gguf", re.ASCII)
 
 
@@ -73,7 +74,10 @@ def fetch_hub(file: HubFile) -> Path:
 
 
 def read_hub_header(file: HubFile) -> GgufInfo:
-    """What the header of a file says, of which only that is fetched; its size is that of all parts.
+    """What the header of a file says; its size is that of all parts.
+
+    What was downloaded before is read where it lies, without asking the hub. Of anything else only the header is
+    fetched, in blocks of 1 MiB: no more than its own size and one block.
 
     Raises:
         DownloadError: the hub cannot be reached, or does not have it.
@@ -82,13 +86,16 @@ def read_hub_header(file: HubFile) -> GgufInfo:
     hub = _hub()
     name = file.file_name
     try:
+        if paths := _downloaded(hub, file):
+            return replace(check_gguf(paths[0]), size_bytes=sum(path.stat().st_size for path in paths))
         sizes = []
         for name in file.part_names():
             where = {"repo_id": file.repo, "filename": name, "revision": file.revision}
             metadata = hub.get_hf_file_metadata(hub.hf_hub_url(**where), timeout=_REACH_TIMEOUT_S)
             sizes.append(int(metadata.size))
         name = file.file_name
-        with hub.HfFileSystem().open(f"{file.repo}/{name}", "rb", revision=file.revision) as opened:
+        where_from = {"revision": file.revision, "block_size": _HEADER_BLOCK_BYTES}
+        with hub.HfFileSystem().open(f"{file.repo}/{name}", "rb", **where_from) as opened:
             return replace(read_gguf(opened, name, sizes[0]), size_bytes=sum(sizes))
     except KvpsiError:
         raise
@@ -104,6 +111,17 @@ def _hub() -> Any:
             "Models from the Hugging Face hub need an extra package: run `pip install 'kvpsi[hub]'`."
         ) from error
     return huggingface_hub
+
+
+def _downloaded(hub: Any, file: HubFile) -> list[Path]:
+    """Paths of all parts in the hub's own cache; none if one is missing there."""
+    paths = []
+    for name in file.part_names():
+        found = hub.try_to_load_from_cache(file.repo, name, revision=file.revision)
+        if not isinstance(found, str):  # nothing, or a mark that the hub has no such file
+            return []
+        paths.append(Path(found))
+    return paths
 
 
 def _fetch_part(hub: Any, file: HubFile, name: str) -> Path:
