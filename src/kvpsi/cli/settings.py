@@ -41,8 +41,8 @@ def remark_on_protection(cache: CacheSettings, n_cells: int) -> str | None:
     )
 
 
-def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto") -> LawSettings:
-    """What --reserve, --regrow-above and --forget-rate ask for."""
+def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto", forget_burst: str = "auto") -> LawSettings:
+    """What --reserve, --regrow-above, --forget-rate and --forget-burst ask for."""
     from kvpsi.governor import GuardSettings, LawSettings
 
     low_bytes, high_bytes = _size_or_auto("--reserve", reserve), _size_or_auto("--regrow-above", regrow_above)
@@ -52,7 +52,8 @@ def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto") -> 
             "raise --regrow-above, or lower --reserve."
         )
     rate_bytes = 0 if forget_rate.strip() == "0" else _size_or_auto("--forget-rate", forget_rate)
-    guards = GuardSettings(forget_bytes_per_min=rate_bytes, forget_burst_bytes=0 if rate_bytes == 0 else None)
+    burst_bytes = 0 if rate_bytes == 0 else _size_or_auto("--forget-burst", forget_burst)
+    guards = GuardSettings(forget_bytes_per_min=rate_bytes, forget_burst_bytes=burst_bytes)
     return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes, guards=guards)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
+from kvpsi.cli.settings import law_settings
 from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes, parse_bytes
 
@@ -42,6 +43,9 @@ def simulate(
     conversations: Annotated[int, typer.Option("--conversations", help="That go on at the same time.")] = 2,
     first_tokens: Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")] = 2000,
     think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
+    reserve: Annotated[str, typer.Option("--reserve", help="Headroom that kvpsi keeps free: 64M; auto.")] = "auto",
+    forget_rate: Annotated[str, typer.Option("--forget-rate", help="Most to forget a minute: 64M; 0; auto.")] = "auto",
+    forget_burst: Annotated[str, typer.Option("--forget-burst", help="Most to forget at once: 64M; auto.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
     validate: Annotated[
@@ -71,6 +75,7 @@ def simulate(
         trace=_trace(trace),
         talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
         seconds=seconds,
+        law=law_settings(reserve, "auto", forget_rate, forget_burst),
     )
     names = controllers_in([name.strip() for name in controllers.split(",") if name.strip()])
     problems = []
@@ -82,12 +87,13 @@ def simulate(
     folder = usable_folder(out_dir)
     with status_on_stderr() as say:
         found = play_all(situation, names, range(seed, seed + seeds), jobs or None, say)
-    rows = [row(name, outcomes) for name, outcomes in found.items()]
+    rate_s = situation.forget_tokens_s
+    rows = [row(name, outcomes, rate_s) for name, outcomes in found.items()]
     document: dict[str, Any] = {
         "situation": dataclasses.asdict(situation),
         "safe_ctx": situation.safe_ctx(),
         "table": rows,
-        "figures": [figure.as_json() for figure in figures(found)],
+        "figures": [figure.as_json() for figure in figures(found, rate_s)],
         "problems": problems,
         "raw": [],
     }
@@ -172,13 +178,15 @@ def _swap(text: str, memory_bytes: int) -> Swap | None:
 
 
 def _neighbours(text: str) -> tuple[tuple[str, int], ...]:
+    from kvpsi.sim.attackers import ATTACKS
     from kvpsi.sim.neighbours import KINDS
 
+    kinds = (*KINDS, *ATTACKS)
     found = []
     for each in (part.strip() for part in text.split(",") if part.strip()):
         kind, _, size = each.partition(":")
-        if kind not in KINDS or not size:
-            raise UsageError(f"--neighbours {each} is not one of {', '.join(KINDS)} with a size, such as camera:400M.")
+        if kind not in kinds or not size:
+            raise UsageError(f"--neighbours {each} is not one of {', '.join(kinds)} with a size, such as camera:400M.")
         found.append((kind, parse_bytes(size)))
     return tuple(found)
 

@@ -47,7 +47,8 @@ class SimCache:
         loading_tokens: that are being taken in at once.
         computing: whether the model may be stopped now.
         offloaded_share: of every token's bytes, so much lies elsewhere than in memory.
-        forgotten_tokens: that were lost because the cache had to be smaller.
+        forgotten_tokens: that were lost, as there was no room.
+        shed: (seconds, tokens) of these, that were lost so that the cache gets smaller, and not for new tokens.
         parked_tokens: of conversations that were not going on.
         returned_bytes: all that ever went back.
         changes: how often something was given.
@@ -71,6 +72,7 @@ class SimCache:
         self.computing = False
         self.offloaded_share = 0.0
         self.forgotten_tokens = self.parked_tokens = 0
+        self.shed: list[tuple[float, int]] = []
         self.returned_bytes = self.changes = 0
         self._chunk_tokens: int | None = None
         self._limit_tokens = n_ctx
@@ -204,11 +206,12 @@ class SimCache:
                 self.parked_tokens += each.held
                 self._give(each, each.held)
         if missing > 0:
-            self.forget(missing)
+            self.forget(missing, for_new=min(missing, n_tokens))
         return True
 
-    def forget(self, n_tokens: int) -> int:
-        """Forget so many of the conversation that is going on, or a little more; how many."""
+    def forget(self, n_tokens: int, *, for_new: int = 0) -> int:
+        """Forget so many of the conversation that is going on, or a little more, of which so many make room for new
+        ones; how many."""
         conversation, block = self.running, self.llm.block_tokens
         if conversation is None:
             return 0
@@ -216,6 +219,8 @@ class SimCache:
         gone = min(self._may_forget(), blocks * block)
         self.forgotten_tokens += gone
         conversation.forgotten += gone
+        if shed := min(gone, n_tokens - for_new):
+            self.shed.append((float(self._memory.env.now), shed))
         self._give(conversation, gone)
         return gone
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from kvpsi.bench.figures import Figure, quantile
 from kvpsi.errors import UsageError
+from kvpsi.governor.law import LawSettings
 from kvpsi.hog import HogSettings
 from kvpsi.sim import conversation, neighbours
+from kvpsi.sim.attackers import most_beyond, most_within
 from kvpsi.sim.boards import MIB, Board
-from kvpsi.sim.controllers import CONTROLLERS, controller_named
+from kvpsi.sim.controllers import CONTROLLERS, Law, controller_named
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import Llm
 from kvpsi.sim.play import LONGEST_S, Outcome, Setup, play
@@ -34,6 +36,7 @@ class Situation:
         trace: a recorded neighbour instead of or beside these.
         talk: how conversations are drawn.
         seconds: that are simulated.
+        law: settings of kvpsi's own.
     """
 
     board: Board
@@ -43,6 +46,7 @@ class Situation:
     trace: HogSettings | None = None
     talk: Talk = field(default_factory=Talk)
     seconds: float = 120.0
+    law: LawSettings = field(default_factory=LawSettings)
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= LONGEST_S:
@@ -51,13 +55,20 @@ class Situation:
     def setup(self, seed: int) -> Setup:
         """The situation of a seed."""
         drawn = [
-            (f"{kind} {number}", neighbours.draw(kind, size, self.seconds, 1000 * seed + number))
+            (f"{kind} {number}", process)
             for number, (kind, size) in enumerate(self.neighbours, start=1)
+            for process in neighbours.processes(kind, size, self.seconds, 1000 * seed + number)
         ]
         if self.trace is not None:
             drawn.append(("trace", self.trace))
         turns = conversation.draw(self.talk, self.seconds, seed)
         return Setup(self.board, self.llm, self.n_ctx, turns, drawn, self.seconds)
+
+    @property
+    def forget_tokens_s(self) -> float:
+        """Tokens a second that kvpsi's guards allow a cache that shrinks to forget."""
+        capacity_bytes = self.llm.cache_bytes(self.n_ctx)
+        return self.law.guards.rate_bytes_s(capacity_bytes) / self.llm.bytes_per_token
 
     @property
     def most_beside_bytes(self) -> int:
@@ -89,7 +100,7 @@ def play_one(situation: Situation, name: str, seed: int) -> Outcome:
         if n_ctx < 1:
             raise UsageError("Even without a cache this model does not fit beside the neighbours at their most.")
         return replace(play(replace(setup, n_ctx=n_ctx), controller_named("static")), controller=SAFE)
-    return play(setup, controller_named(name))
+    return play(setup, Law(situation.law) if name == Law.name else controller_named(name))
 
 
 def controllers_in(names: Sequence[str]) -> tuple[str, ...]:
@@ -136,8 +147,9 @@ def _outcomes(situation: Situation, jobs: Sequence[tuple[str, int]], n_jobs: int
             raise
 
 
-def row(name: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """One controller in a table: sums of who was killed, else means over the seeds."""
+def row(name: str, outcomes: Sequence[Outcome], forget_tokens_s: float = 0.0) -> dict[str, object]:
+    """One controller in a table: sums of who was killed, the most that was shed in any minute, and in any time beyond
+    this rate, else means."""
 
     def mean(value: Callable[[Outcome], float]) -> float:
         return statistics.fmean(value(each) for each in outcomes)
@@ -152,6 +164,9 @@ def row(name: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
         "stall_s": round(mean(lambda each: each.stall_s), 3),
         "stall_p95_s": round(quantile([each.stall_s for each in outcomes], 0.95), 3),
         "tokens_lost": round(mean(lambda each: each.forgotten_tokens), 1),
+        "tokens_shed": round(mean(lambda each: sum(amount for _, amount in each.shed)), 1),
+        "shed_in_a_minute": max(most_within(each.shed, 60.0) for each in outcomes),
+        "shed_beyond_rate": round(max(most_beyond(each.shed, forget_tokens_s) for each in outcomes)),
         "tokens_reread": round(mean(lambda each: each.reread_tokens), 1),
         "tokens_parked": round(mean(lambda each: each.parked_tokens), 1),
         "tokens_refused": round(mean(lambda each: each.refused_tokens), 1),
@@ -161,12 +176,12 @@ def row(name: str, outcomes: Sequence[Outcome]) -> dict[str, object]:
     }
 
 
-def figures(found: Mapping[str, Sequence[Outcome]]) -> list[Figure]:
+def figures(found: Mapping[str, Sequence[Outcome]], forget_tokens_s: float = 0.0) -> list[Figure]:
     """The same as figures, for the programs that read those of the benches."""
     units = {"peak_mib": "MiB", "stall_s": "s", "stall_p95_s": "s", "tok_s": "tok/s", "context_reached": "tokens"}
     return [
         Figure(f"{name}.{key}", float(value), units.get(key, ""))
         for name, outcomes in found.items()
-        for key, value in row(name, outcomes).items()
+        for key, value in row(name, outcomes, forget_tokens_s).items()
         if isinstance(value, (int, float))
     ]

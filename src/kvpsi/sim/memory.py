@@ -113,6 +113,7 @@ class Memory:
     """All memory of one board.
 
     Attributes:
+        groups: processes that are alive.
         stall: of the whole board.
         killed: names, in order.
         idle_file_bytes: page cache that nobody uses.
@@ -140,7 +141,7 @@ class Memory:
     @property
     def files(self) -> list[File]:
         """All that are mapped, each once."""
-        return list({id(file): file for group in self.groups if group.alive for file in group.files}.values())
+        return list({id(file): file for group in self.groups for file in group.files}.values())
 
     @property
     def swapped_bytes(self) -> int:
@@ -262,6 +263,7 @@ class Memory:
         """A process is over: its memory is free, its files are page cache that nobody uses."""
         before = self.files
         group.alive = False
+        self.groups.remove(group)
         group.warm_bytes = group.cold_bytes = group.zero_bytes = 0
         group.warm_out_bytes = group.cold_out_bytes = group.zero_out_bytes = 0
         still = {id(file) for file in self.files}
@@ -355,8 +357,7 @@ class Memory:
 
     def _kill(self) -> None:
         """Kill the process that has most."""
-        alive = [group for group in self.groups if group.alive]
-        victim = max(alive, key=lambda group: group.resident_bytes + group.swapped_bytes)
+        victim = max(self.groups, key=lambda group: group.resident_bytes + group.swapped_bytes)
         self.killed.append(victim.name)
         self.end(victim)
         if victim.process is not None and victim.process is not self.env.active_process and victim.process.is_alive:

@@ -1,6 +1,7 @@
 """What else takes memory on a board: how much at which time, drawn from a seed, and the process that takes it.
 
-Each kind is a trace of (seconds, bytes) in `HogSettings`, so that `kvpsi hog --trace` can play the same for real.
+Each kind is a trace of (seconds, bytes) in `HogSettings`, so that `kvpsi hog --trace` can play the same for real; those
+of `attackers` are many processes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import simpy
 
 from kvpsi.errors import UsageError
 from kvpsi.hog import HogSettings
+from kvpsi.sim.attackers import ATTACKS
 from kvpsi.sim.boards import MIB
 from kvpsi.sim.memory import Events, Group, Memory, until_killed
 
@@ -81,31 +83,50 @@ def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
         UsageError: there is none of this kind.
     """
     if kind not in KINDS:
-        raise UsageError(f"Neighbours are {', '.join(KINDS)}, not {kind!r}.")
+        raise UsageError(f"Neighbours are {', '.join((*KINDS, *ATTACKS))}, not {kind!r}.")
     points = KINDS[kind](random.Random(f"{kind} {seed}"), size_bytes, until_s)
     step_bytes = max(2 * MIB, size_bytes // 256 // MIB * MIB)
     return HogSettings(size_bytes, step_bytes, shape="trace", trace=points, hold_s=until_s)
 
 
+def processes(kind: str, size_bytes: int, until_s: float, seed: int) -> tuple[HogSettings, ...]:
+    """The processes of a neighbour or an attacker, which have so much together at most; the same ones for a seed.
+
+    Raises:
+        UsageError: there is none of this kind.
+    """
+    if kind in ATTACKS:
+        return ATTACKS[kind](random.Random(f"{kind} {seed}"), size_bytes).processes(until_s)
+    return (draw(kind, size_bytes, until_s, seed),)
+
+
 class Neighbour:
-    """The process: it takes what its settings say in steps, each no faster than memory can be written, and touches all
-    of it five times a second.
+    """A process that begins after its warm-up: it takes what its settings say in steps, each no faster than memory can
+    be written, and touches all of it five times a second.
 
     Attributes:
-        group: its process.
+        group: its memory; None before it begins.
     """
 
     def __init__(self, env: simpy.Environment, memory: Memory, settings: HogSettings, name: str) -> None:
-        self.group: Group = memory.group(name)
-        self._env, self._memory, self._settings = env, memory, settings
+        self.group: Group | None = None
+        self._env, self._memory, self._settings, self._name = env, memory, settings, name
 
     def start(self) -> None:
         """Begin."""
-        self.group.process = self._env.process(until_killed(self._run()))
+        self._env.process(until_killed(self._run()))
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds in which it waited for memory."""
+        return self.group.stall.total_s if self.group is not None else 0.0
 
     def _run(self) -> Events:
-        s, env, memory, group = self._settings, self._env, self._memory, self.group
+        s, env, memory = self._settings, self._env, self._memory
         began_s, touched_s, has_bytes = env.now, 0.0, 0
+        yield env.timeout(s.warmup_s)
+        group = self.group = memory.group(self._name)
+        group.process = env.active_process
         while (now_s := env.now - began_s) < s.duration_s:
             target_bytes = s.target_bytes(now_s)
             if has_bytes + s.step_bytes <= target_bytes:

@@ -32,7 +32,7 @@ class Setup:
         llm: the model.
         n_ctx: tokens of its cache.
         turns: what is asked of it.
-        neighbours: by name, what else takes memory, each from the beginning.
+        neighbours: by name, processes that take memory, too.
         seconds: the longest that is simulated.
         speed: of the model; None: what follows from the board.
         settings: what eviction leaves alone.
@@ -76,6 +76,8 @@ class Outcome:
         peak_bytes: the most of the board's memory that was used.
         stall_s, neighbours_stall_s: in which somebody waited for memory, and one of the neighbours did.
         forgotten_tokens, reread_tokens, refused_tokens, parked_tokens, written_tokens: counts.
+        shed: (seconds, tokens) that were forgotten so that the cache gets smaller; the rest of what was forgotten made
+            room for new tokens.
         restarts: conversations that outgrew the context and began anew.
         longest_context: tokens that one conversation had at most in the cache.
         busy_s: in which the model had something to do.
@@ -88,6 +90,7 @@ class Outcome:
     stall_s: float
     neighbours_stall_s: float
     forgotten_tokens: int
+    shed: tuple[tuple[float, int], ...]
     reread_tokens: int
     refused_tokens: int
     parked_tokens: int
@@ -127,8 +130,9 @@ def play(setup: Setup, controller: Controller) -> Outcome:
         killed=tuple(memory.killed),
         peak_bytes=memory.peak_bytes,
         stall_s=memory.stall.total_s,
-        neighbours_stall_s=sum(neighbour.group.stall.total_s for neighbour in neighbours),
+        neighbours_stall_s=sum(neighbour.stall_s for neighbour in neighbours),
         forgotten_tokens=cache.forgotten_tokens,
+        shed=tuple(cache.shed),
         reread_tokens=engine.work.reread,
         refused_tokens=engine.work.refused,
         parked_tokens=cache.parked_tokens,
