@@ -178,15 +178,13 @@ def _swap(text: str, memory_bytes: int) -> Swap | None:
 
 
 def _neighbours(text: str) -> tuple[tuple[str, int], ...]:
-    from kvpsi.sim.attackers import ATTACKS
-    from kvpsi.sim.neighbours import KINDS
+    from kvpsi.sim.neighbours import ALL
 
-    kinds = (*KINDS, *ATTACKS)
     found = []
     for each in (part.strip() for part in text.split(",") if part.strip()):
         kind, _, size = each.partition(":")
-        if kind not in kinds or not size:
-            raise UsageError(f"--neighbours {each} is not one of {', '.join(kinds)} with a size, such as camera:400M.")
+        if kind not in ALL or not size:
+            raise UsageError(f"--neighbours {each} is not one of {', '.join(ALL)} with a size, such as camera:400M.")
         found.append((kind, parse_bytes(size)))
     return tuple(found)
 

@@ -16,6 +16,7 @@ from kvpsi.hog import HogSettings
 from kvpsi.sim.attackers import ATTACKS
 from kvpsi.sim.boards import MIB
 from kvpsi.sim.memory import Events, Group, Memory, until_killed
+from kvpsi.sim.planning import draw_rate
 
 Points = tuple[tuple[float, int], ...]
 
@@ -74,6 +75,15 @@ KINDS: Mapping[str, Callable[[random.Random, int, float], Points]] = {
     "browser": _browser,
     "model": _model,
 }
+GROWTH = "growth"
+ALL = (*KINDS, GROWTH, *ATTACKS)
+"""Names of all neighbours."""
+
+
+def _growth(rng: random.Random, size_bytes: int, until_s: float) -> HogSettings:
+    """It grows once, at a rate as `kvpsi.sim.planning` takes it, and keeps all."""
+    at_s = until_s * rng.uniform(0.3, 0.6)
+    return HogSettings(size_bytes, 1 * MIB, warmup_s=at_s, rate_bytes_s=draw_rate(rng), hold_s=until_s)
 
 
 def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
@@ -82,9 +92,12 @@ def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
     Raises:
         UsageError: there is none of this kind.
     """
+    rng = random.Random(f"{kind} {seed}")
+    if kind == GROWTH:
+        return _growth(rng, size_bytes, until_s)
     if kind not in KINDS:
-        raise UsageError(f"Neighbours are {', '.join((*KINDS, *ATTACKS))}, not {kind!r}.")
-    points = KINDS[kind](random.Random(f"{kind} {seed}"), size_bytes, until_s)
+        raise UsageError(f"Neighbours are {', '.join(ALL)}, not {kind!r}.")
+    points = KINDS[kind](rng, size_bytes, until_s)
     step_bytes = max(2 * MIB, size_bytes // 256 // MIB * MIB)
     return HogSettings(size_bytes, step_bytes, shape="trace", trace=points, hold_s=until_s)
 

@@ -13,6 +13,7 @@ A neighbour's rate is taken as log-normal, and no faster than processors can tou
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from dataclasses import dataclass
 
@@ -89,6 +90,11 @@ def rate_exceeded_with(p: float, n_cpus: int) -> float:
         raise UsageError(f"--p-kill {p:g} is no probability; give one above 0 and below 1, such as 1e-6.")
     rate = RATE_MEDIAN_BYTES_S * math.exp(RATE_SIGMA * -statistics.NormalDist().inv_cdf(p))
     return min(rate, n_cpus * TOUCH_BYTES_S)
+
+
+def draw_rate(rng: random.Random, n_cpus: int = 1) -> float:
+    """Bytes a second at which one neighbour grows once, of the same distribution."""
+    return min(RATE_MEDIAN_BYTES_S * rng.lognormvariate(0.0, RATE_SIGMA), n_cpus * TOUCH_BYTES_S)
 
 
 def reserve_for(machine: Machine, p_kill: float) -> int:
