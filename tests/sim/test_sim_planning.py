@@ -61,6 +61,7 @@ def test_presets_have_the_caches_that_their_makers_say() -> None:
         "13b": 800,
     }
     assert with_kv_type(LLMS["8b"], "q8_0").bytes_per_token == 128 * 1024 * 17 // 32
+    assert {name for name, llm in LLMS.items() if llm.n_ctx_train == 4096} == {"7b", "13b"}, "Llama 2"
     with pytest.raises(UsageError, match="f16, q8_0"):
         with_kv_type(LLMS["8b"], "q3")
 
@@ -87,6 +88,25 @@ def test_the_command_explains_its_arithmetic(capsys: pytest.CaptureFixture[str])
     assert elastic["context"] > static["context"] and static_q8["context"] > static["context"]
 
 
+def test_a_table_of_boards_and_models_says_for_which_neighbours_what_is_wanted_comes_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "all", "--board", "pi5-8gb,vps-4gb", "--neighbours", "25%", "--quiet", "5%", "--want", "2048:8192"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "4096*" in shown and "pi5-8gb" in shown and "what others may have at most" in shown
+    assert main([*words, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [(each["board"], each["model"]["name"]) for each in plans] == [
+        (board, name) for board in ("pi5-8gb", "vps-4gb") for name in LLMS
+    ]
+    [pi_8b] = [each for each in plans if each["board"] == "pi5-8gb" and each["model"]["name"] == "8b"]
+    most, least = pi_8b["neighbours_for"]["f16"]
+    assert most - least == 6144 * 128 * 1024
+    exact = Machine(pi_8b["machine"]["memory_bytes"], pi_8b["machine"]["system_bytes"], most, least, n_cpus=4)
+    assert [fit.context for fit in fits(LLMS["8b"], "f16", exact, 1e-6, 4096)] == [2048, 8192]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -95,6 +115,10 @@ def test_the_command_explains_its_arithmetic(capsys: pytest.CaptureFixture[str])
         (["plan", "8b", "--p-kill", "2"], "no probability"),
         (["plan", "8b", "--quiet", "2G", "--neighbours", "1G"], "lower --quiet"),
         (["plan", "8b", "--session-tokens", "0"], "1 or more"),
+        (["plan", "8b", "--board", "moon"], "presets are orin-nano-8gb"),
+        (["plan", "8b", "--board", "all", "--memory", "4G"], "leave out --memory"),
+        (["plan", "8b", "--want", "8192"], "2048:8192"),
+        (["plan", "8b", "--want", "8192:2048"], "the smaller one first"),
         (["simulate", "--board", "moon"], "presets are orin-nano-8gb"),
         (["simulate", "--neighbours", "camera"], "camera:400M"),
         (["simulate", "--controllers", "best"], "Controllers are safe"),

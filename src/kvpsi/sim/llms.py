@@ -77,21 +77,21 @@ class Speed:
         return n_tokens * (self.read_s + self.read_byte_s * cache_bytes)
 
 
-def _preset(name: str, gib: float, n_layers: int, n_kv_heads: int, head_dim: int) -> Llm:
+def _preset(name: str, gib: float, n_layers: int, n_kv_heads: int, head_dim: int, n_ctx_train: int = 131072) -> Llm:
     """A cache of 16-bit numbers: K and V are ``2 * layers * KV heads * head dimension`` elements a token."""
     row_bytes = int(n_kv_heads * head_dim * KV_BYTES["f16"])
-    return Llm(name, int(gib * 1024) * MIB, 2 * n_layers * row_bytes, row_bytes)
+    return Llm(name, int(gib * 1024) * MIB, 2 * n_layers * row_bytes, row_bytes, n_ctx_train=n_ctx_train)
 
 
 LLMS: Mapping[str, Llm] = {
     llm.name: llm
     for llm in (
-        # weights at 4 bits (Q4_K_M files); layers, KV heads and their size as the makers publish them
+        # weights at 4 bits (Q4_K_M files); layers, KV heads and their size, and the context, as the makers publish them
         _preset("1b", 0.75, 16, 8, 64),  # Llama 3.2 1B
         _preset("3b", 1.88, 28, 8, 128),  # Llama 3.2 3B
-        _preset("7b", 3.80, 32, 32, 128),  # Llama 2 7B, without grouped queries
+        _preset("7b", 3.80, 32, 32, 128, 4096),  # Llama 2 7B, without grouped queries
         _preset("8b", 4.58, 32, 8, 128),  # Llama 3.1 8B
-        _preset("13b", 7.33, 40, 40, 128),  # Llama 2 13B, without grouped queries
+        _preset("13b", 7.33, 40, 40, 128, 4096),  # Llama 2 13B, without grouped queries
     )
 }
 """Presets."""

@@ -103,6 +103,12 @@ def reserve_for(machine: Machine, p_kill: float) -> int:
     return max(needed, LawSettings().low_for(machine.memory_bytes))
 
 
+def room_beside(llm: Llm, machine: Machine, p_kill: float, n_tokens: int) -> int:
+    """Bytes that neighbours may have beside a cache of so many tokens; below 0: it does not even fit alone."""
+    taken = machine.system_bytes + llm.weights_bytes + llm.runtime_bytes + reserve_for(machine, p_kill)
+    return machine.memory_bytes - taken - llm.cache_bytes(n_tokens)
+
+
 def fits(llm: Llm, kv_type: str, machine: Machine, p_kill: float, session_tokens: int) -> list[Fit]:
     """Static and elastic; ``llm`` has this type of cache already.
 
@@ -112,9 +118,8 @@ def fits(llm: Llm, kv_type: str, machine: Machine, p_kill: float, session_tokens
     if session_tokens < 1:
         raise UsageError(f"A session of {session_tokens} tokens makes no sense; give 1 or more.")
     reserve = reserve_for(machine, p_kill)
-    always = machine.system_bytes + llm.weights_bytes + llm.runtime_bytes + reserve
-    beside = machine.memory_bytes - always - machine.neighbours_bytes
-    quiet = machine.memory_bytes - always - machine.quiet_bytes
+    alone = room_beside(llm, machine, p_kill, 0)
+    beside, quiet = alone - machine.neighbours_bytes, alone - machine.quiet_bytes
     kept = CacheSettings()
     floor = llm.cache_bytes(kept.keep + kept.tail + kept.min_prune + _BLOCK_TOKENS)
     found = []
