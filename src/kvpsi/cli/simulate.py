@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpsi.cli import fleet as fleets
 from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
 from kvpsi.cli.settings import law_settings
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
     from kvpsi.sim.validation import Compared
 
 _MOST_SEEDS = 100_000
+_NOT_FOR_A_FLEET = ("trace", "conversations", "think_s", "validate", "out_dir")
+_FOR_A_FLEET = ("routers", "load", "poll_s")
 
 
 def simulate(
+    context: typer.Context,
     board: Annotated[str, typer.Option("--board", help="A preset; --memory instead gives any size.")] = "vps-4gb",
     memory: Annotated[str, typer.Option("--memory", help="Of the board, such as 600M.")] = "",
     swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
@@ -52,6 +56,10 @@ def simulate(
         list[Path] | None,
         typer.Option("--validate", help="Simulate this result.json of `bench pressure` instead, or all in a folder."),
     ] = None,
+    fleet: Annotated[int, typer.Option("--fleet", help="Simulate so many boards behind a router instead.")] = 0,
+    routers: Annotated[str, typer.Option("--routers", help="Whom to compare in a fleet.")] = fleets.ROUTERS,
+    load: Annotated[float, typer.Option("--load", help="Of a fleet, as a share of what it could answer.")] = 0.7,
+    poll_s: Annotated[float, typer.Option("--poll-s", help="How often a router asks a board how it is.")] = 1.0,
     out_dir: Annotated[Path, typer.Option("--out-dir", help="Where plots go.")] = Path("out/simulate"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -60,6 +68,8 @@ def simulate(
     from kvpsi.sim.llms import llm_named
     from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
 
+    given = {name for name in context.params if _is_given(context, name)}
+    _refuse_what_does_not_fit(given, bool(fleet))
     if validate:
         _validate(validate, model, as_json=json)
         return
@@ -67,6 +77,30 @@ def simulate(
         raise UsageError(f"--seeds {seeds} makes no sense; give 1 to {_MOST_SEEDS}.")
     if jobs < 0:
         raise UsageError(f"--jobs {jobs} makes no sense; give 0 or more.")
+    if fleet:
+        from kvpsi.sim.fleet.situation import Fleet
+
+        n_seeds = seeds if "seeds" in given else fleets.SEEDS
+        fleets.simulate_fleet(
+            Fleet(
+                fleet,
+                _board(board, memory, swap),
+                llm_named(model, kv_type),
+                ctx,
+                _neighbours(neighbours),
+                Talk(first_tokens=first_tokens),
+                load=load,
+                seconds=seconds,
+                poll_s=poll_s,
+                law=law_settings(reserve, "auto", forget_rate, forget_burst),
+            ),
+            _names(controllers) if "controllers" in given else ["kvpsi"],
+            _names(routers),
+            range(seed, seed + n_seeds),
+            jobs,
+            as_json=json,
+        )
+        return
     situation = Situation(
         board=_board(board, memory, swap),
         llm=llm_named(model, kv_type),
@@ -77,7 +111,7 @@ def simulate(
         seconds=seconds,
         law=law_settings(reserve, "auto", forget_rate, forget_burst),
     )
-    names = controllers_in([name.strip() for name in controllers.split(",") if name.strip()])
+    names = controllers_in(_names(controllers))
     problems = []
     if SAFE in names and situation.safe_ctx() < 1:
         problems.append("Nothing is safe: beside the neighbours at their most this model does not fit without a cache.")
@@ -112,6 +146,24 @@ def simulate(
         return
     print(_told(situation.board, situation.llm))
     _print(rows)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_what_does_not_fit(given: set[str], is_fleet: bool) -> None:
+    wrong = [name for name in (_NOT_FOR_A_FLEET if is_fleet else _FOR_A_FLEET) if name in given]
+    options = ", ".join("--" + name.replace("_", "-") for name in wrong)
+    if wrong and is_fleet:
+        raise UsageError(f"{options} cannot be used with --fleet; leave one or the other out.")
+    if wrong:
+        raise UsageError(f"{options} says how a fleet is simulated; give --fleet with a number of boards, too.")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _validate(paths: list[Path], model: str, *, as_json: bool) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvpsi.bench.figures import Figure, quantile
@@ -19,11 +16,12 @@ from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.controllers import CONTROLLERS, Law, controller_named
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import Llm
+from kvpsi.sim.planning import safe_tokens
 from kvpsi.sim.play import LONGEST_S, Outcome, Setup, play
+from kvpsi.sim.processes import spread
 
 SAFE = "safe"
 """A static cache of the size that fits even when all neighbours have most, which is what careful people choose."""
-_SAFE_RESERVE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +77,8 @@ class Situation:
         return most
 
     def safe_ctx(self) -> int:
-        """Tokens of a static cache for which there is always room; 0 if there is none.
-
-        What the board has, less the system, 5 % that are kept free, the neighbours at their most, weights and runtime.
-        """
-        taken = self.board.system_bytes + self.most_beside_bytes + self.llm.weights_bytes + self.llm.runtime_bytes
-        left = self.board.memory_bytes * (1 - _SAFE_RESERVE_SHARE) - taken
-        return max(0, min(self.n_ctx, int(left) // self.llm.bytes_per_token))
+        """Tokens of a static cache for which there is always room; 0 if there is none."""
+        return safe_tokens(self.board, self.llm, self.n_ctx, self.most_beside_bytes)
 
 
 def play_one(situation: Situation, name: str, seed: int) -> Outcome:
@@ -109,10 +102,18 @@ def controllers_in(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: one is not.
     """
-    known = (SAFE, *CONTROLLERS)
+    return names_in(names, (SAFE, *CONTROLLERS), "Controllers")
+
+
+def names_in(names: Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+    """The names, each once, if all are known.
+
+    Raises:
+        UsageError: one is not, or there are none; ``what`` says what they are names of.
+    """
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UsageError(f"Controllers are {', '.join(known)}, not {', '.join(unknown) or 'none'}.")
+        raise UsageError(f"{what} are {', '.join(known)}, not {', '.join(unknown) or 'none'}.")
     return tuple(dict.fromkeys(names))
 
 
@@ -126,25 +127,11 @@ def play_all(
     """All seeds with all controllers, on so many processors at once (None: all)."""
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     jobs = [(name, seed) for seed in seeds for name in names]
-    for number, ((name, _), outcome) in enumerate(zip(jobs, _outcomes(situation, jobs, n_jobs), strict=True), start=1):
+    outcomes = spread(play_one, [(situation, *job) for job in jobs], n_jobs)
+    for number, ((name, _), outcome) in enumerate(zip(jobs, outcomes, strict=True), start=1):
         found[name].append(outcome)
         say(f"simulating, {number} of {len(jobs)}")
     return found
-
-
-def _outcomes(situation: Situation, jobs: Sequence[tuple[str, int]], n_jobs: int | None) -> Iterator[Outcome]:
-    n_jobs = min(len(jobs), n_jobs or os.cpu_count() or 1)
-    if n_jobs <= 1:
-        yield from (play_one(situation, *job) for job in jobs)
-        return
-    # processes that begin anew: what is forked while other threads run may hang
-    with ProcessPoolExecutor(n_jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        names, seeds = zip(*jobs, strict=True)
-        try:
-            yield from pool.map(play_one, [situation] * len(jobs), names, seeds, chunksize=1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def row(name: str, outcomes: Sequence[Outcome], forget_tokens_s: float = 0.0) -> dict[str, object]:

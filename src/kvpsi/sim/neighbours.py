@@ -20,7 +20,8 @@ from kvpsi.sim.planning import draw_rate
 
 Points = tuple[tuple[float, int], ...]
 
-_TOUCH_EVERY_S = 0.2  # as the real one does (kvpsi.hog.worker)
+TOUCH_EVERY_S = 0.2
+"""Between two uses of all that a neighbour has, as the real one has it (kvpsi.hog.worker)."""
 _REST_S = 0.05
 
 
@@ -150,7 +151,7 @@ class Neighbour:
                 memory.give(group, s.step_bytes)
                 has_bytes -= s.step_bytes
             else:
-                if now_s - touched_s >= _TOUCH_EVERY_S:
+                if now_s - touched_s >= TOUCH_EVERY_S:
                     touched_s = now_s
                     yield from memory.touch(group)
                 yield env.timeout(min(_REST_S, max(1e-6, s.duration_s - now_s)))

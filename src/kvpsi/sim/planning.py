@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from kvpsi.errors import UsageError
 from kvpsi.governor.law import LawSettings
 from kvpsi.kv import CacheSettings
-from kvpsi.sim.boards import MIB
+from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.llms import Llm
 
 RATE_MEDIAN_BYTES_S = 100 * MIB
@@ -28,6 +28,7 @@ RATE_SIGMA = 1.0
 TOUCH_BYTES_S = 1e9
 DELAY_S = 0.05
 _BLOCK_TOKENS = 32
+_SAFE_RESERVE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +130,14 @@ def fits(llm: Llm, kv_type: str, machine: Machine, p_kill: float, session_tokens
         context = min(tokens, llm.n_ctx_train)
         found.append(Fit(kind, kv_type, reserve, cache, context, tokens // session_tokens, min(left, llm.n_ctx_train)))
     return found
+
+
+def safe_tokens(board: Board, llm: Llm, n_ctx: int, beside_bytes: int) -> int:
+    """Tokens of a static cache for which there is always room, ``n_ctx`` at most; 0 if there is none.
+
+    What the board has, less the system, 5 % that are kept free, the neighbours at their most (``beside_bytes``),
+    weights and runtime.
+    """
+    taken = board.system_bytes + beside_bytes + llm.weights_bytes + llm.runtime_bytes
+    left = board.memory_bytes * (1 - _SAFE_RESERVE_SHARE) - taken
+    return max(0, min(n_ctx, int(left) // llm.bytes_per_token))
