@@ -3,6 +3,17 @@
 from kvpsi.governor.governor import Governed, Governor
 from kvpsi.governor.guards import GuardSettings
 from kvpsi.governor.law import Decision, LawSettings, State, decide
+from kvpsi.governor.shares import ShareSettings
 from kvpsi.status import CacheStatus
 
-__all__ = ["CacheStatus", "Decision", "Governed", "Governor", "GuardSettings", "LawSettings", "State", "decide"]
+__all__ = [
+    "CacheStatus",
+    "Decision",
+    "Governed",
+    "Governor",
+    "GuardSettings",
+    "LawSettings",
+    "ShareSettings",
+    "State",
+    "decide",
+]

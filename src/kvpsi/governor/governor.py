@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Protocol
 
 from kvpsi.governor.law import Decision, LawSettings, State, decide, record_given
+from kvpsi.governor.sharing import Sharing
 from kvpsi.instrument import Instrument, guarded
 from kvpsi.pressure import Monitor, MonitorSettings, PressureSource, Reading, Trigger
 from kvpsi.status import CacheStatus
@@ -44,6 +45,7 @@ class Governor:
         instrument: sees readings and decisions; what it raises is logged once.
         trigger: wakes the thread between two readings; it is closed by ``stop``.
         monitor: how often it looks.
+        sharing: the other caches under the same limit; they are left by ``stop``. None: it is alone.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Governor:
         instrument: Instrument | None = None,
         trigger: Trigger | None = None,
         monitor: MonitorSettings | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.cache = cache
+        self.sharing = sharing
         self.settings = settings or LawSettings()
         self.instrument = guarded(instrument)
         self.state = State()
@@ -78,7 +82,8 @@ class Governor:
             # whoever gave it, the engine or this thread: the law must not take it for something else
             self.state = record_given(self.state, self.reading, status.returned_bytes - self._returned_bytes)
         self._returned_bytes = max(self._returned_bytes, status.returned_bytes)  # a cache that is made anew counts anew
-        decision, self.state = decide(reading, status, self.state, self.settings)
+        fellows = self.sharing.look(reading, status, self.state) if self.sharing else None
+        decision, self.state = decide(reading, status, self.state, self.settings, fellows)
         changed = self.decision is None or _differs(decision, self.decision)
         self.decision, self.reading = decision, reading
         if self.stall_us_at_start is None:
@@ -116,6 +121,8 @@ class Governor:
         if self._trigger is not None:
             self._trigger.close()
         self._source.close()
+        if self.sharing is not None:
+            self.sharing.close()
         self.cache.set_limit(self.cache.status().capacity_bytes, None)
 
     def __enter__(self) -> Governor:

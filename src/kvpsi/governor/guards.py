@@ -91,6 +91,11 @@ class Allowance:
         level = max(0, level, min(held, level + grown))
         return Allowance(min(burst, refilled), burst, level, now_s, held, cache.forgotten_bytes)
 
+    @property
+    def covers_all(self) -> bool:
+        """Whether all that is held could be forgotten in an emergency: only then is anything forgotten for less."""
+        return (self.left_bytes or 0.0) >= self.level_bytes
+
     def paying_for(self, size_bytes: int) -> Allowance:
         """What is left when the cache shrinks to a size, as far as that can be paid; its ``level_bytes`` is how far."""
         left = self.left_bytes or 0.0

@@ -8,6 +8,10 @@ Between the low and the high mark the limit neither falls nor grows. What growin
 lie within one more neighbour's reach of the low mark, and to give it again costs tokens that were computed, while to
 hold costs at most the memory between the two marks: growing stops at the high mark anyway (`_grow`). Whoever wants
 that memory used sets ``high_bytes`` nearer to ``low_bytes``; with both the same there is no such zone.
+
+Where several caches are governed under one limit, each gives its part of what is missing only, and none grows beyond
+its share of what is left (`kvpsi.governor.shares`). Between the two marks all together hold what they hold, and who
+holds more than its share yields slowly to those that hold less.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from dataclasses import dataclass, field, replace
 
 from kvpsi.errors import UsageError
 from kvpsi.governor.guards import Allowance, Futility, GuardSettings
+from kvpsi.governor.shares import Fellows, Share
 from kvpsi.pressure.reading import Reading
 from kvpsi.status import CacheStatus as CacheStatus
 
 MIB = 1 << 20
+_BAND = 8  # of the distance between the marks, one part more than the reserve is left by those that share
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,8 @@ class State:
     ``limit_bytes`` is lowered by giving and grows back slowly; None before the first tick. Where it was all of the
     cache, whose size is ``capacity_bytes``, it stays so if the cache is made anew with another size. ``given`` lists
     recent releases as (time, bytes, headroom just before). ``loading_at_s`` is when a saved conversation was last seen
-    being taken in. ``allowance`` and ``futility`` are what the guards remember.
+    being taken in. ``allowance`` and ``futility`` are what the guards remember. ``yielded_at_s`` is the last tick of
+    yielding to other caches, None while it does not.
     """
 
     limit_bytes: int | None = None
@@ -122,6 +129,7 @@ class State:
     loading_at_s: float | None = None
     allowance: Allowance = field(default_factory=Allowance)
     futility: Futility = field(default_factory=Futility)
+    yielded_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +143,7 @@ class Decision:
         pressed: prefill goes in small pieces for the time being.
         withheld: more would be given if that did not mean to forget more than the guards allow.
         reason: one short sentence for people.
+        share: what the cache may hold beside others; None: it is alone.
     """
 
     limit_bytes: int
@@ -143,6 +152,7 @@ class Decision:
     pressed: bool = False
     withheld: bool = False
     reason: str = "calm"
+    share: Share | None = None
 
 
 def record_given(state: State, reading: Reading, given_bytes: int) -> State:
@@ -151,11 +161,17 @@ def record_given(state: State, reading: Reading, given_bytes: int) -> State:
     return replace(state, given=(*state.given, entry))
 
 
-def _credit_bytes(state: State, reading: Reading, settings: LawSettings) -> int:
-    """What was given and does not show yet: MemAvailable lags behind a release, a cgroup's usage does not."""
-    if reading.headroom.scope != "system":
+def _lags(reading: Reading) -> bool:
+    """Whether a release shows late: in MemAvailable it does, in a cgroup's usage it does not."""
+    return reading.headroom.scope == "system"
+
+
+def _credit_bytes(state: State, reading: Reading, settings: LawSettings, fellows: Fellows | None) -> int:
+    """What was given, also by others, and does not show yet."""
+    if not _lags(reading):
         return 0
-    recent = [g for g in state.given if reading.time_s - g[0] < max(2.0, settings.echo_s)]
+    given = state.given if fellows is None else tuple(sorted((*state.given, *fellows.given)))
+    recent = [g for g in given if reading.time_s - g[0] < max(2.0, settings.echo_s)]
     if not recent:
         return 0
     shown = max(0, reading.headroom.available_bytes - recent[0][2])
@@ -169,12 +185,14 @@ def _step_share(stall: float, settings: LawSettings) -> float:
     return settings.min_step_share + push * (settings.max_step_share - settings.min_step_share)
 
 
-def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSettings) -> tuple[Decision, State]:
-    """One tick of the law."""
+def decide(
+    reading: Reading, cache: CacheStatus, state: State, settings: LawSettings, fellows: Fellows | None = None
+) -> tuple[Decision, State]:
+    """One tick of the law; ``fellows`` are the other caches under the same limit, if there are any."""
     now, room = reading.time_s, reading.headroom
     state = replace(state, given=tuple(g for g in state.given if now - g[0] < 2.0 + settings.echo_s))
     low, high = settings.low_for(room.limit_bytes), settings.high_for(room.limit_bytes)
-    available = room.available_bytes + _credit_bytes(state, reading, settings)
+    available = room.available_bytes + _credit_bytes(state, reading, settings, fellows)
     if cache.loading_bytes:
         state = replace(state, loading_at_s=now)
     settled = state.loading_at_s is None or now - state.loading_at_s >= settings.settle_s
@@ -182,13 +200,17 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
     stall = reading.memory.some.share
     echo = any(now - g[0] < settings.echo_s for g in state.given)
     stalled = stall >= settings.stall_share and predicted < 2 * high and not echo
+    pressed = predicted < low or stalled
+    share = fellows.share(available, low, high) if fellows is not None else None
 
     limit = state.limit_bytes
     if limit is None or limit == state.capacity_bytes:
         limit = cache.capacity_bytes
     give, withheld, reason = 0, False, "calm"
     if predicted < low:
-        give = min(low - predicted, int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes))
+        most = int(_step_share(settings.hard_stall_share, settings) * cache.used_bytes)
+        missing = low - predicted
+        give = min(missing if fellows is None else fellows.part_of(missing, lags=_lags(reading)), most)
         reason = f"headroom will be {predicted // MIB} MiB, {low // MIB} MiB are to stay free"
     guards = settings.guards
     state = replace(state, allowance=state.allowance.after(now, cache, limit, guards))
@@ -196,6 +218,9 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
         futility = state.futility.after(now, stall, reading.memory.some.total_us, cache, guards)
         state = replace(state, futility=futility)
         by_stall = int(_step_share(stall, settings) * cache.used_bytes)
+        if fellows is not None:
+            of_all = int(_step_share(stall, settings) * fellows.used_bytes)
+            by_stall = min(fellows.part_of(of_all), int(settings.max_step_share * cache.used_bytes))
         futile = now < futility.until_s and by_stall > cache.lossless_bytes
         if futile:
             by_stall, withheld = cache.lossless_bytes, True
@@ -207,6 +232,14 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
                 f"; giving {futility.wasted_bytes // MIB} MiB did not change that, so nothing is forgotten for it for "
                 f"{math.ceil(futility.until_s - now)} s"
             )
+    spare = predicted - low - (high - low) // _BAND
+    owed = share.owed_bytes(spare) if share is not None and not pressed else 0
+    if fellows is not None and share is not None and owed and _yields(share, state, fellows):
+        limit, state = _yield(share, owed, limit, now, cache, state, fellows)
+        give = max(0, cache.used_bytes - limit)
+        reason = f"others lack {share.others_lack_bytes // MIB} MiB of their shares"
+    else:
+        state = replace(state, yielded_at_s=None)
     give = max(0, min(give, cache.used_bytes - cache.floor_bytes))
     allowance = state.allowance.paying_for(max(cache.floor_bytes, cache.used_bytes - give))
     if give > cache.used_bytes - allowance.level_bytes:
@@ -214,25 +247,57 @@ def decide(reading: Reading, cache: CacheStatus, state: State, settings: LawSett
         reason += f"; no more than {60 * guards.rate_bytes_s(cache.capacity_bytes) / MIB:.0f} MiB a minute is forgotten"
     state = replace(state, allowance=allowance)
 
-    pressed = predicted < low or stalled
     if pressed:
         if give:
             limit = min(limit, max(cache.floor_bytes, cache.used_bytes - give))
         state = replace(state, calm_since_s=None)
     elif predicted >= high and stall < settings.calm_share:
-        limit, state = _grow(limit, predicted - high, now, cache, state, settings)
-        if limit < cache.capacity_bytes:
+        beyond = predicted - high
+        if share is not None:
+            beyond = share.held_bytes - cache.used_bytes + share.room_bytes(beyond)
+        limit, state = _grow(limit, beyond, now, cache, state, settings)
+        if limit < cache.capacity_bytes and not owed:
             reason = "growing back"
     else:
         state = replace(state, calm_since_s=None)
-        reason = "holding"
+        if not owed:
+            reason = "holding"
+    free = max(0, predicted - low)
+    if share is not None:
+        more = share.room_bytes(spare)
+        free = min(free, share.held_bytes - cache.used_bytes + more)
+        if not pressed and share.lack_bytes:
+            # what others yield is taken at once, wherever between the two marks the headroom lies
+            limit = max(limit, min(cache.capacity_bytes, share.held_bytes + min(more, share.lack_bytes)))
     state = replace(state, limit_bytes=limit, capacity_bytes=cache.capacity_bytes)
 
     # whatever was decided before, never grow into the reserve, and never shrink by more than is allowed
-    gate = min(limit, cache.used_bytes + max(0, predicted - low) - give)
+    gate = min(limit, cache.used_bytes + free - give)
     gate = max(cache.floor_bytes, gate, min(allowance.level_bytes, cache.capacity_bytes))
     urgent = give > 0 and (stalled or predicted < low // 2)
-    return Decision(gate, give, urgent, pressed or predicted < high, withheld, reason), state
+    return Decision(gate, give, urgent, pressed or predicted < high, withheld, reason, share), state
+
+
+def _yields(share: Share, state: State, fellows: Fellows) -> bool:
+    """Whether it holds so much too much, or another so much too little, that it begins to yield; or goes on with it."""
+    tolerated = fellows.settings.tolerance_share
+    if state.yielded_at_s is not None or share.over_bytes > tolerated * share.share_bytes:
+        return True
+    return share.worst_lack > tolerated and share.over_bytes > tolerated / 4 * share.share_bytes
+
+
+def _yield(
+    share: Share, owed: int, limit: int, now: float, cache: CacheStatus, state: State, fellows: Fellows
+) -> tuple[int, State]:
+    """Lower the limit towards the share: by ``yield_share`` a second, by no more than is owed, and with something
+    forgotten for it only as long as all could still be forgotten in an emergency."""
+    elapsed_s = 0.0 if state.yielded_at_s is None else min(1.0, max(0.0, now - state.yielded_at_s))
+    step = int(fellows.settings.yield_share * cache.capacity_bytes * elapsed_s)
+    lowest = max(share.held_bytes - owed, share.share_bytes, cache.floor_bytes)
+    if not state.allowance.covers_all:
+        lowest = max(lowest, state.allowance.level_bytes)
+    below = max(lowest, min(limit, share.held_bytes) - step)
+    return min(limit, below), replace(state, yielded_at_s=now)
 
 
 def _grow(

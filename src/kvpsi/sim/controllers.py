@@ -11,6 +11,7 @@ import simpy
 from kvpsi.errors import UsageError
 from kvpsi.governor.governor import Governor
 from kvpsi.governor.law import LawSettings
+from kvpsi.governor.sharing import Sharing
 from kvpsi.pressure.interval import MonitorSettings
 from kvpsi.sim.cache import SimCache
 from kvpsi.sim.engine import SimEngine
@@ -40,18 +41,35 @@ class Static(Controller):
 
 
 class Law(Controller):
-    """kvpsi's law, unchanged, run by its governor."""
+    """kvpsi's law, unchanged, run by its governor.
+
+    Args:
+        settings: of the law.
+        monitor: how often it looks.
+        sharing: other governed models of the board; None: there are none.
+
+    Attributes:
+        governor: as soon as it runs.
+    """
 
     name = "kvpsi"
 
-    def __init__(self, settings: LawSettings | None = None, monitor: MonitorSettings | None = None) -> None:
+    def __init__(
+        self,
+        settings: LawSettings | None = None,
+        monitor: MonitorSettings | None = None,
+        sharing: Sharing | None = None,
+    ) -> None:
         self.settings = settings or LawSettings()
         self.monitor = monitor or MonitorSettings()
+        self.sharing = sharing
+        self.governor: Governor | None = None
 
     def attach(self, memory: Memory, cache: SimCache, engine: SimEngine) -> None:
         """Look as often as the monitor would."""
         source = SimSource(memory, engine.weights.size_bytes)
-        governor = Governor(cache, source, settings=self.settings, monitor=self.monitor)
+        governor = Governor(cache, source, settings=self.settings, monitor=self.monitor, sharing=self.sharing)
+        self.governor = governor
         memory.env.process(self._watch(memory.env, cache, governor))
 
     def _watch(self, env: simpy.Environment, cache: SimCache, governor: Governor) -> Events:
