@@ -11,6 +11,9 @@ from kvpsi import models
 from kvpsi.board import BoardPlaces, find_places
 from kvpsi.errors import EnvironmentProblem
 
+# what else is governed on this machine, by this user, is none of the tests' business, but for those that say so
+os.environ["KVPSI_SHARE_DIR"] = "none"
+
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ import kvpsi.status
 from kvpsi.engines import llama as engine
 from kvpsi.engines.caches import make_rebuilt
 from kvpsi.errors import CacheRefusedError, LayoutError, UsageError
+from kvpsi.governor import ShareSettings
 from kvpsi.kv import CacheSettings, RebuildSettings
 from kvpsi.pressure import MonitorSettings
 from kvpsi.pressure.fake import ScriptedSource, make_reading
@@ -496,3 +498,21 @@ def test_the_cache_does_not_import_who_decides_about_it() -> None:
 def test_every_name_that_a_package_promises_is_there(name: str) -> None:
     package = importlib.import_module(name)
     assert package.__all__ and all(hasattr(package, each) for each in package.__all__)
+
+
+def test_two_models_of_one_process_share_and_leave_no_record(
+    open_llama: Callable[..., contextlib.AbstractContextManager[llama_cpp.Llama]], tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    with open_llama() as one, open_llama() as two:
+        with (
+            kvpsi.govern(one, share=ShareSettings(2, folder=folder)) as first,
+            kvpsi.govern(two, share=ShareSettings(folder=folder)),
+        ):
+            assert len(list(tmp_path.iterdir())) == 2
+            deadline = time.monotonic() + 20
+            while (decision := first.governor.decision) is None or decision.share is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert (decision.share.weight, decision.share.weights) == (2, 3)
+        assert list(tmp_path.iterdir()) == []

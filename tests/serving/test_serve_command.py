@@ -30,6 +30,8 @@ def serve(*options: str) -> subprocess.CompletedProcess[str]:
         (["--queue", "-1"], "--queue"),
         (["--queue-timeout-s", "0"], "--queue-timeout-s"),
         (["--max-body", "10"], "--max-body"),
+        (["--share-weight", "0"], "weight of 0"),
+        (["--share-priority", "5000"], "priority of 5000"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--no-govern", "--log", "x.jsonl"], "--log"),
     ],

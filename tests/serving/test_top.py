@@ -55,8 +55,13 @@ def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixt
     assert "303 MiB of 360 MiB" in shown and "49 (300 MiB)" in shown and "3 (12 MiB on disk)" in shown
     assert "answering 0 of 8" in shown and "3 rejected" in shown and "5 of 8" in shown
     assert "2 processors may be used" in shown
+    assert "share" not in shown, "it is alone"
     Console(width=150).print(_screen({**status, "sessions_parked": 0}, history))
     assert "parked" not in capsys.readouterr().out
+    shared = {"share_bytes": 120 << 20, "shared_bytes": 180 << 20, "share_weight": 2.0, "share_weights": 3.0}
+    Console(width=150).print(_screen({**status, **shared}, history))
+    shown = capsys.readouterr().out
+    assert "120 MiB of 180 MiB" in shown and "weight 2 of 3" in shown
 
 
 @pytest.mark.engine

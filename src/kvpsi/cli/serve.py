@@ -106,6 +106,16 @@ def serve(
     forget_rate: Annotated[
         str, typer.Option("--forget-rate", envvar="KVPSI_FORGET_RATE", help="Most to forget a minute: 64M; 0; auto.")
     ] = "auto",
+    share_weight: Annotated[
+        float, typer.Option("--share-weight", envvar="KVPSI_SHARE_WEIGHT", help="Of its memory beside other models.")
+    ] = 1.0,
+    share_priority: Annotated[
+        int,
+        typer.Option("--share-priority", envvar="KVPSI_SHARE_PRIORITY", help="Higher: gets its memory before others."),
+    ] = 0,
+    share_dir: Annotated[
+        str, typer.Option("--share-dir", envvar="KVPSI_SHARE_DIR", help="Where models know each other; none: nowhere.")
+    ] = "",
     heal: Annotated[
         bool, typer.Option("--heal/--no-heal", envvar="KVPSI_HEAL", help="Read again what was forgotten, when idle.")
     ] = True,
@@ -135,6 +145,7 @@ def serve(
         ) from error
     from kvpsi.admission import policy_named as admission_policy_named
     from kvpsi.cli.eventlog import EventLog
+    from kvpsi.governor.shares import ShareSettings
     from kvpsi.kv.policies import policy_named
 
     api_keys = _keys(api_key, api_key_file)
@@ -159,6 +170,7 @@ def serve(
         cache=cache_settings(keep, tail, turn, min_prune),
         policy=policy_named(policy),
         law=law_settings(reserve, regrow_above, forget_rate),
+        share=ShareSettings(share_weight, share_priority, folder=share_dir),
         cache_limit=units.parse_share(cache_limit),
         api_keys=api_keys,
         allow_origins=tuple(origin.strip().rstrip("/") for origin in allow_origin or ()),

@@ -23,6 +23,8 @@ from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import UsageError
 from kvpsi.governor import Governor, LawSettings
 from kvpsi.governor.cpu import CpuGovernor
+from kvpsi.governor.shares import ShareSettings
+from kvpsi.governor.sharing import open_sharing
 from kvpsi.governor.threads import ThreadSettings
 from kvpsi.instrument import Instrument, guarded
 from kvpsi.kv import CacheSettings, ElasticCache, GatedCache, RebuildSettings
@@ -342,6 +344,7 @@ def govern(
     monitor: MonitorSettings | None = None,
     make: MakeCache | None = None,
     adapt_threads: bool = True,
+    share: ShareSettings | None = None,
 ) -> GovernedLlama:
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
@@ -365,6 +368,8 @@ def govern(
         monitor: how often readings are taken.
         make: how the model gets its cache, such as `kvpsi.engines.caches.make_rebuilt`; ``rebuild`` then says nothing.
         adapt_threads: whether fewer threads compute while others need the processors, or a quota leaves room for fewer.
+        share: weight and priority among other governed models under the same limit (default: the same as all others;
+            with a ``source`` of your own: it is alone).
 
     Raises:
         LayoutError: the model's cache is of a kind that cannot be resized, or not without rebuilding although
@@ -372,7 +377,7 @@ def govern(
         UsageError: the model is governed already, or a setting makes no sense.
     """
     _refuse_ungovernable(llm)
-    share = _valid_share(cache_limit if cache_limit is not None else _default_cache_limit)
+    most = _valid_share(cache_limit if cache_limit is not None else _default_cache_limit)
     instruments = guarded(instrument)
     cache = make_cache(make or _maker(rebuild), llm, cache_settings, policy, instruments)
     try:
@@ -380,11 +385,14 @@ def govern(
     except BaseException:
         cache.close()
         raise
-    governor = Governor(cache, readings, settings=settings, instrument=instruments, trigger=trigger, monitor=monitor)
+    sharing = open_sharing(share) if source is None or share is not None else None
+    governor = Governor(
+        cache, readings, settings=settings, instrument=instruments, trigger=trigger, monitor=monitor, sharing=sharing
+    )
     governed = GovernedLlama(llm, cache, governor)
     try:
         governed._attach()
-        governed.set_cache_limit(share)
+        governed.set_cache_limit(most)
         governor.start()
         if adapt_threads:
             governed._govern_cpu()

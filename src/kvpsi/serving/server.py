@@ -23,6 +23,8 @@ from kvpsi.engines.loading import LoadSettings, preview
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
 from kvpsi.governor import LawSettings
+from kvpsi.governor.shares import ShareSettings
+from kvpsi.governor.sharing import open_sharing
 from kvpsi.governor.threads import ThreadSettings
 from kvpsi.instrument import Instrument, Instruments
 from kvpsi.kv import CacheSettings
@@ -56,6 +58,7 @@ class ServerSettings:
         cache: what forgetting must leave alone.
         policy: what is forgotten first.
         law: constants of the control law.
+        share: weight and priority among other governed models under the same limit.
         cache_limit: most of the cache to use, a share.
         api_keys: any of them opens it; none: everybody may come in.
         allow_origins: of pages elsewhere whose scripts may ask.
@@ -79,6 +82,7 @@ class ServerSettings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     policy: EvictionPolicy = field(default_factory=Auto)
     law: LawSettings = field(default_factory=LawSettings)
+    share: ShareSettings = field(default_factory=ShareSettings)
     cache_limit: float = 1.0
     api_keys: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
@@ -220,7 +224,8 @@ class Server:
             stack.callback(service.close)
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())
-                service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument)
+                sharing = open_sharing(s.share)
+                service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument, sharing=sharing)
             threads = ThreadSettings(most_threads=s.load.n_threads)
             service.govern_cpu(threads, self._instrument, adapts=s.adapt_threads)
             service.latencies = Latencies(self._registry, name.alias)

@@ -145,6 +145,7 @@ class Service:
         sizes, counters = engine.memory.status(), engine.counters
         reading = governor.reading if governor else None
         decision = governor.decision if governor else None
+        share = decision.share if decision else None
         pressure, threads = self.pressure(), self.cpu_governor.decision if self.cpu_governor else None
         verdict = engine.verdict()
         return Status(
@@ -167,6 +168,10 @@ class Service:
             committed_bytes=cache.committed_cells * cache.bytes_per_cell,
             resident_bytes=cache.resident_bytes(),
             limit_bytes=min(sizes.capacity_bytes, cache.allowed_cells * cache.bytes_per_cell),
+            share_bytes=min(sizes.capacity_bytes, share.may_hold_bytes) if share else 0,
+            shared_bytes=share.total_bytes if share else 0,
+            share_weight=share.weight if share else 1.0,
+            share_weights=share.weights if share else 1.0,
             headroom_bytes=reading.headroom.available_bytes if reading else 0,
             memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
             memory_pressure=reading.memory.some.share if reading else 0.0,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Status:
     """Sizes in bytes, times in seconds; counters count from the start.
 
-    ``reason`` is why the governor decided as it did last.
+    ``reason`` is why the governor decided as it did last. This model may hold ``share_bytes`` of the
+    ``shared_bytes`` that it and other governed ones may hold together; 0: it is alone.
     """
 
     model: str
@@ -32,6 +33,10 @@ class Status:
     committed_bytes: int
     resident_bytes: int
     limit_bytes: int
+    share_bytes: int
+    shared_bytes: int
+    share_weight: float
+    share_weights: float
     headroom_bytes: int
     memory_limit_bytes: int
     memory_pressure: float
