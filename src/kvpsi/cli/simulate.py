@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from kvpsi.cli import fleet as fleets
-from kvpsi.cli.bench.show import show, status_on_stderr, usable_folder
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
 from kvpsi.cli.settings import law_settings
 from kvpsi.errors import UsageError
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from kvpsi.hog import HogSettings
     from kvpsi.sim.boards import Board, Swap
     from kvpsi.sim.llms import Llm
+    from kvpsi.sim.many import Situation
     from kvpsi.sim.validation import Compared
 
+N = TypeVar("N", int, float)
 _MOST_SEEDS = 100_000
-_NOT_FOR_A_FLEET = ("trace", "conversations", "think_s", "validate", "out_dir")
+_MOST_MODELS = 256
+_NOT_FOR_A_FLEET = ("trace", "conversations", "think_s", "models", "weights", "priorities", "validate", "out_dir")
 _FOR_A_FLEET = ("routers", "load", "poll_s")
 
 
@@ -42,6 +46,9 @@ def simulate(
     controllers: Annotated[str, typer.Option("--controllers", help="Whom to compare.")] = (
         "safe,static,avg10,headroom,offload,kvpsi"
     ),
+    models: Annotated[int, typer.Option("--models", help="Governed models on one board, instead of controllers.")] = 1,
+    weights: Annotated[str, typer.Option("--weights", help="Of their shares, such as 1,2.")] = "1",
+    priorities: Annotated[str, typer.Option("--priorities", help="Of their shares, such as 0,1.")] = "0",
     seeds: Annotated[int, typer.Option("--seeds", help="Situations, each played with every controller.")] = 20,
     seconds: Annotated[float, typer.Option("--seconds", help="That are simulated of each.")] = 120.0,
     conversations: Annotated[int, typer.Option("--conversations", help="That go on at the same time.")] = 2,
@@ -111,6 +118,11 @@ def simulate(
         seconds=seconds,
         law=law_settings(reserve, "auto", forget_rate, forget_burst),
     )
+    if models == 1 and given & {"weights", "priorities"}:
+        raise UsageError("--weights and --priorities are of several models; say with --models how many there are.")
+    if models != 1:
+        _together(situation, models, weights, priorities, range(seed, seed + seeds), jobs or None, as_json=json)
+        return
     names = controllers_in(_names(controllers))
     problems = []
     if SAFE in names and situation.safe_ctx() < 1:
@@ -189,6 +201,65 @@ def _beside(run: Compared) -> str:
         f"at most {run.peak_tokens}, predicted {run.predicted_peak_tokens}; "
         f"stall {run.stall_s:.2f} s, predicted {run.predicted_stall_s:.2f} s{'' if run.is_right else ': WRONG'}"
     )
+
+
+def _together(
+    situation: Situation,
+    n_models: int,
+    weights: str,
+    priorities: str,
+    seeds: Sequence[int],
+    n_jobs: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Several governed models, in place of one with several controllers."""
+    from kvpsi.sim.processes import spread
+    from kvpsi.sim.together import Drawn, figures, play_drawn, row
+
+    if not 2 <= n_models <= _MOST_MODELS:
+        raise UsageError(f"--models {n_models} makes no sense; give 1 to {_MOST_MODELS}.")
+    if situation.trace is not None:
+        raise UsageError("--trace is for one model; leave out --models, or give --neighbours.")
+    drawn = Drawn(
+        situation.board,
+        situation.llm,
+        situation.n_ctx,
+        n_models,
+        _numbers("--weights", weights, float),
+        _numbers("--priorities", priorities, int),
+        situation.neighbours,
+        situation.talk,
+        situation.seconds,
+        law=situation.law,
+    )
+    drawn.together(seeds[0])  # complains of what cannot be before any of it is played
+    problems = []
+    if drawn.least_bytes + situation.most_beside_bytes > situation.board.memory_bytes:
+        problems.append("Even without caches so many models do not fit beside the neighbours at their most.")
+    outcomes = []
+    with status_on_stderr() as say:
+        for outcome in spread(play_drawn, [(drawn, seed) for seed in seeds], n_jobs):
+            outcomes.append(outcome)
+            say(f"simulating, {len(outcomes)} of {len(seeds)}")
+    rows = [row(each[0].name, each) for each in zip(*(outcome.tenants for outcome in outcomes), strict=True)]
+    show(
+        {
+            "situation": dataclasses.asdict(drawn),
+            "table": rows,
+            "figures": [figure.as_json() for figure in figures(outcomes)],
+            "problems": problems,
+        },
+        as_json=as_json,
+        words=map(in_words, rows),
+    )
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    try:
+        return tuple(kind(each) for each in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text} is no list of numbers; give them as 1,2.") from error
 
 
 def _print(rows: list[dict[str, object]]) -> None:

@@ -56,6 +56,7 @@ class SimEngine:
         work: what was done.
         before_token: called before each step.
         extra_s: what each step takes more.
+        unread_tokens: of the prompt that is being read.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SimEngine:
     ) -> None:
         self.work = Work()
         self.weights = weights
+        self.unread_tokens = 0
         self.before_token: Callable[[], object] = lambda: None
         self.extra_s: Callable[[], float] = lambda: 0.0
         self._env, self._memory, self._group, self._cache = env, memory, group, cache
@@ -147,11 +149,13 @@ class SimEngine:
         """Read so many tokens; how many were read."""
         done = 0
         while done < n_tokens:
+            self.unread_tokens = n_tokens - done
             part = yield from self._step(conversation, n_tokens - done)
             if not part:
                 break
             conversation.n_tokens += part
             done += part
+        self.unread_tokens = 0
         self.work.refused += n_tokens - done
         return done
 

@@ -11,7 +11,8 @@ from kvpsi.sim.memory import Memory
 
 
 class SimSource:
-    """A `kvpsi.pressure.PressureSource`: headroom is ``free + page cache - working set``, as of a cgroup's files.
+    """A `kvpsi.pressure.PressureSource`: headroom is ``free + page cache - what is mapped or in the working set``, as
+    of a cgroup's files.
 
     Args:
         memory: what is looked at.
@@ -27,8 +28,9 @@ class SimSource:
     def headroom(self) -> Headroom:
         """Without a slope."""
         memory, board = self._memory, self._memory.board
-        files = memory.idle_file_bytes + sum(file.resident_bytes for file in memory.files)
-        reclaimable = max(-self._working_set_bytes, files - self._working_set_bytes)
+        mapped = sum(file.resident_bytes for file in memory.files)
+        needed = max(mapped, self._working_set_bytes)
+        reclaimable = max(-self._working_set_bytes, memory.idle_file_bytes + mapped - needed)
         usage = memory.usage_bytes
         return Headroom(
             available_bytes=board.memory_bytes - usage + reclaimable,
