@@ -33,6 +33,7 @@ def serve(*options: str) -> subprocess.CompletedProcess[str]:
         (["--share-weight", "0"], "weight of 0"),
         (["--share-priority", "5000"], "priority of 5000"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--law", "grow=fast"], "--law"),
         (["--no-govern", "--log", "x.jsonl"], "--log"),
     ],
 )

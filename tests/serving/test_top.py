@@ -48,6 +48,11 @@ def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixt
         "concurrency_limit": 5,
         "admission_reason": "calm",
     }
+    status |= {
+        "reserve_bytes": 24 << 20,
+        "regrow_bytes": 48 << 20,
+        "learned": ["reserve 24 MiB (memory was short once)"],
+    }
     history = History()
     history.add(status)
     Console(width=150).print(_screen(status, history))
@@ -56,6 +61,7 @@ def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixt
     assert "answering 0 of 8" in shown and "3 rejected" in shown and "5 of 8" in shown
     assert "2 processors may be used" in shown
     assert "share" not in shown, "it is alone"
+    assert "grows back above 48 MiB" in shown and "memory was short once" in shown
     Console(width=150).print(_screen({**status, "sessions_parked": 0}, history))
     assert "parked" not in capsys.readouterr().out
     shared = {"share_bytes": 120 << 20, "shared_bytes": 180 << 20, "share_weight": 2.0, "share_weights": 3.0}

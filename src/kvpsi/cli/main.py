@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpsi import __version__
-from kvpsi.cli import bench, board, doctor, generate, hog, plan, pull, serve, simulate, top
+from kvpsi.cli import bench, board, doctor, generate, hog, plan, pull, serve, simulate, top, tune
 from kvpsi.cli.output import INTERRUPTED, one_line
 from kvpsi.errors import KvpsiError
 
@@ -40,6 +40,7 @@ app.command()(pull.pull)
 app.command()(serve.serve)
 app.command()(simulate.simulate)
 app.command()(top.top)
+app.command()(tune.tune)
 
 
 def _print_version(wanted: bool) -> None:

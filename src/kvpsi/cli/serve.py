@@ -14,7 +14,7 @@ import typer
 from kvpsi import models, units
 from kvpsi.cli.output import one_line
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import cache_settings, law_settings, remark_on_protection
+from kvpsi.cli.settings import adapt_settings, cache_settings, law_settings, remark_on_protection
 from kvpsi.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -116,6 +116,12 @@ def serve(
     share_dir: Annotated[
         str, typer.Option("--share-dir", envvar="KVPSI_SHARE_DIR", help="Where models know each other; none: nowhere.")
     ] = "",
+    law: Annotated[
+        str, typer.Option("--law", envvar="KVPSI_LAW", help="Other constants of the law: calm_hold_s=1,grow_share=0.1.")
+    ] = "",
+    adapt: Annotated[
+        bool, typer.Option("--adapt/--no-adapt", envvar="KVPSI_ADAPT", help="Have the law learn from this machine.")
+    ] = False,
     heal: Annotated[
         bool, typer.Option("--heal/--no-heal", envvar="KVPSI_HEAL", help="Read again what was forgotten, when idle.")
     ] = True,
@@ -169,7 +175,8 @@ def serve(
         ),
         cache=cache_settings(keep, tail, turn, min_prune),
         policy=policy_named(policy),
-        law=law_settings(reserve, regrow_above, forget_rate),
+        law=law_settings(reserve, regrow_above, forget_rate, law=law),
+        adapt=adapt_settings(adapt, law),
         share=ShareSettings(share_weight, share_priority, folder=share_dir),
         cache_limit=units.parse_share(cache_limit),
         api_keys=api_keys,

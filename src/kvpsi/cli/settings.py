@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from kvpsi import units
 from kvpsi.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvpsi.governor import LawSettings
+    from kvpsi.governor import AdaptSettings, LawSettings
     from kvpsi.kv import CacheSettings
 
 
@@ -41,8 +42,10 @@ def remark_on_protection(cache: CacheSettings, n_cells: int) -> str | None:
     )
 
 
-def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto", forget_burst: str = "auto") -> LawSettings:
-    """What --reserve, --regrow-above, --forget-rate and --forget-burst ask for."""
+def law_settings(
+    reserve: str, regrow_above: str, forget_rate: str = "auto", forget_burst: str = "auto", law: str = ""
+) -> LawSettings:
+    """What --reserve, --regrow-above, --forget-rate, --forget-burst and --law ask for."""
     from kvpsi.governor import GuardSettings, LawSettings
 
     low_bytes, high_bytes = _size_or_auto("--reserve", reserve), _size_or_auto("--regrow-above", regrow_above)
@@ -54,7 +57,31 @@ def law_settings(reserve: str, regrow_above: str, forget_rate: str = "auto", for
     rate_bytes = 0 if forget_rate.strip() == "0" else _size_or_auto("--forget-rate", forget_rate)
     burst_bytes = 0 if rate_bytes == 0 else _size_or_auto("--forget-burst", forget_burst)
     guards = GuardSettings(forget_bytes_per_min=rate_bytes, forget_burst_bytes=burst_bytes)
-    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes, guards=guards)
+    return LawSettings(low_bytes=low_bytes, high_bytes=high_bytes, guards=guards, **_constants(law))
+
+
+def adapt_settings(adapt: bool, law: str) -> AdaptSettings | None:
+    """What --adapt asks for; what --law names stays as it is."""
+    from kvpsi.governor import AdaptSettings
+
+    return AdaptSettings(fixed=frozenset(_constants(law))) if adapt else None
+
+
+def _constants(law: str) -> dict[str, Any]:
+    """What --law asks for: names and numbers."""
+    from kvpsi.governor import LawSettings
+
+    known = {field.name: type(field.default) for field in fields(LawSettings) if isinstance(field.default, int | float)}
+    found: dict[str, Any] = {}
+    for each in (part.strip() for part in law.split(",") if part.strip()):
+        name, _, number = each.partition("=")
+        try:
+            found[name.strip()] = known[name.strip()](number)
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"--law {each} is none of {', '.join(known)} with a number; give it as grow_share=0.1."
+            ) from error
+    return found
 
 
 def _size_or_auto(option: str, text: str) -> int | None:

@@ -14,18 +14,14 @@ from kvpsi.cli import fleet as fleets
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
 from kvpsi.cli.settings import law_settings
+from kvpsi.cli.situation import board_of, check_counts, neighbours_in, told, trace_in
 from kvpsi.errors import UsageError
-from kvpsi.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from kvpsi.hog import HogSettings
-    from kvpsi.sim.boards import Board, Swap
-    from kvpsi.sim.llms import Llm
     from kvpsi.sim.many import Situation
     from kvpsi.sim.validation import Compared
 
 N = TypeVar("N", int, float)
-_MOST_SEEDS = 100_000
 _MOST_MODELS = 256
 _NOT_FOR_A_FLEET = ("trace", "conversations", "think_s", "models", "weights", "priorities", "validate", "out_dir")
 _FOR_A_FLEET = ("routers", "load", "poll_s")
@@ -80,10 +76,7 @@ def simulate(
     if validate:
         _validate(validate, model, as_json=json)
         return
-    if not 1 <= seeds <= _MOST_SEEDS:
-        raise UsageError(f"--seeds {seeds} makes no sense; give 1 to {_MOST_SEEDS}.")
-    if jobs < 0:
-        raise UsageError(f"--jobs {jobs} makes no sense; give 0 or more.")
+    check_counts(seeds, jobs)
     if fleet:
         from kvpsi.sim.fleet.situation import Fleet
 
@@ -91,10 +84,10 @@ def simulate(
         fleets.simulate_fleet(
             Fleet(
                 fleet,
-                _board(board, memory, swap),
+                board_of(board, memory, swap),
                 llm_named(model, kv_type),
                 ctx,
-                _neighbours(neighbours),
+                neighbours_in(neighbours),
                 Talk(first_tokens=first_tokens),
                 load=load,
                 seconds=seconds,
@@ -109,11 +102,11 @@ def simulate(
         )
         return
     situation = Situation(
-        board=_board(board, memory, swap),
+        board=board_of(board, memory, swap),
         llm=llm_named(model, kv_type),
         n_ctx=ctx,
-        neighbours=_neighbours(neighbours),
-        trace=_trace(trace),
+        neighbours=neighbours_in(neighbours),
+        trace=trace_in(trace),
         talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
         seconds=seconds,
         law=law_settings(reserve, "auto", forget_rate, forget_burst),
@@ -156,7 +149,7 @@ def simulate(
     if json:
         print_json(document)
         return
-    print(_told(situation.board, situation.llm))
+    print(told(situation.board, situation.llm))
     _print(rows)
 
 
@@ -271,53 +264,3 @@ def _print(rows: list[dict[str, object]]) -> None:
     for key in [key for key in rows[0] if key != "controller"]:
         table.add_row(key.replace("_", " "), *[f"{row[key]:g}" for row in rows])
     Console().print(table)
-
-
-def _told(board: Board, llm: Llm) -> str:
-    swap = f"{format_bytes(board.swap.size_bytes)} of swap" if board.swap else "no swap"
-    return (
-        f"{board.name}: {format_bytes(board.memory_bytes)}, {format_bytes(board.system_bytes)} for the system, "
-        f"{swap}; {llm.name}: weights of {format_bytes(llm.weights_bytes)}, {llm.bytes_per_token} B a token."
-    )
-
-
-def _board(name: str, memory: str, swap: str) -> Board:
-    from kvpsi.sim.boards import Board, board_named
-
-    board = board_named(name)
-    if memory:
-        board = Board("board", parse_bytes(memory), scope="cgroup:board")
-    if swap:
-        board = dataclasses.replace(board, swap=_swap(swap, board.memory_bytes))
-    return board
-
-
-def _swap(text: str, memory_bytes: int) -> Swap | None:
-    from kvpsi.sim.boards import Swap
-
-    if text == "none":
-        return None
-    return Swap(memory_bytes // 2 if text == "zram" else parse_bytes(text))
-
-
-def _neighbours(text: str) -> tuple[tuple[str, int], ...]:
-    from kvpsi.sim.neighbours import ALL
-
-    found = []
-    for each in (part.strip() for part in text.split(",") if part.strip()):
-        kind, _, size = each.partition(":")
-        if kind not in ALL or not size:
-            raise UsageError(f"--neighbours {each} is not one of {', '.join(ALL)} with a size, such as camera:400M.")
-        found.append((kind, parse_bytes(size)))
-    return tuple(found)
-
-
-def _trace(path: Path | None) -> HogSettings | None:
-    from kvpsi.hog import HogSettings
-    from kvpsi.hog.trace import read_trace
-
-    if path is None:
-        return None
-    points = read_trace(path)
-    most = max(size for _, size in points)
-    return HogSettings(max(1, most), shape="trace", trace=points, rate_bytes_s=1e9)

@@ -158,6 +158,9 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
         given,
         f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten, {s['healed_tokens']} healed",
     )
+    table.add_row("reserve", format_bytes(s["reserve_bytes"]), f"grows back above {format_bytes(s['regrow_bytes'])}")
+    for line in s["learned"]:
+        table.add_row("learned", "", line)
     for line in history.told:
         table.add_row("governor", *line.split("  ", 1))
     return Panel(table, title=f"kvpsi · {s['model']}", expand=False)

@@ -21,7 +21,7 @@ from kvpsi.engines.caches import ONLY_SEQUENCE, MakeCache, make_cache, make_elas
 from kvpsi.engines.resting import Resting
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import UsageError
-from kvpsi.governor import Governor, LawSettings
+from kvpsi.governor import AdaptSettings, Governor, LawSettings
 from kvpsi.governor.cpu import CpuGovernor
 from kvpsi.governor.shares import ShareSettings
 from kvpsi.governor.sharing import open_sharing
@@ -345,6 +345,7 @@ def govern(
     make: MakeCache | None = None,
     adapt_threads: bool = True,
     share: ShareSettings | None = None,
+    adapt: AdaptSettings | None = None,
 ) -> GovernedLlama:
     """Make a model's KV cache elastic and keep it within what the machine can spare, until closed.
 
@@ -370,6 +371,7 @@ def govern(
         adapt_threads: whether fewer threads compute while others need the processors, or a quota leaves room for fewer.
         share: weight and priority among other governed models under the same limit (default: the same as all others;
             with a ``source`` of your own: it is alone).
+        adapt: bounds within which the law's constants follow what the machine shows; None: they stay as they are.
 
     Raises:
         LayoutError: the model's cache is of a kind that cannot be resized, or not without rebuilding although
@@ -387,7 +389,14 @@ def govern(
         raise
     sharing = open_sharing(share) if source is None or share is not None else None
     governor = Governor(
-        cache, readings, settings=settings, instrument=instruments, trigger=trigger, monitor=monitor, sharing=sharing
+        cache,
+        readings,
+        settings=settings,
+        adapt=adapt,
+        instrument=instruments,
+        trigger=trigger,
+        monitor=monitor,
+        sharing=sharing,
     )
     governed = GovernedLlama(llm, cache, governor)
     try:

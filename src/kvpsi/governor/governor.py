@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
+from kvpsi.governor.adapt import AdaptSettings, AdaptState, adapt, explain
 from kvpsi.governor.law import Decision, LawSettings, State, decide, record_given
 from kvpsi.governor.sharing import Sharing
 from kvpsi.instrument import Instrument, guarded
@@ -42,6 +43,7 @@ class Governor:
         cache: what is governed.
         source: where readings come from; it is closed by ``stop``.
         settings: constants of the law.
+        adapt: bounds within which they follow what the machine shows; None: they stay as they are.
         instrument: sees readings and decisions; what it raises is logged once.
         trigger: wakes the thread between two readings; it is closed by ``stop``.
         monitor: how often it looks.
@@ -54,6 +56,7 @@ class Governor:
         source: PressureSource,
         *,
         settings: LawSettings | None = None,
+        adapt: AdaptSettings | None = None,
         instrument: Instrument | None = None,
         trigger: Trigger | None = None,
         monitor: MonitorSettings | None = None,
@@ -61,7 +64,8 @@ class Governor:
     ) -> None:
         self.cache = cache
         self.sharing = sharing
-        self.settings = settings or LawSettings()
+        self.settings = self.given = settings or LawSettings()
+        self.adapt, self.learned = adapt, AdaptState()
         self.instrument = guarded(instrument)
         self.state = State()
         self.decision: Decision | None = None
@@ -82,6 +86,8 @@ class Governor:
             # whoever gave it, the engine or this thread: the law must not take it for something else
             self.state = record_given(self.state, self.reading, status.returned_bytes - self._returned_bytes)
         self._returned_bytes = max(self._returned_bytes, status.returned_bytes)  # a cache that is made anew counts anew
+        if self.adapt is not None:
+            self.settings, self.learned = adapt(reading, status, self.learned, self.given, self.adapt)
         fellows = self.sharing.look(reading, status, self.state) if self.sharing else None
         decision, self.state = decide(reading, status, self.state, self.settings, fellows)
         changed = self.decision is None or _differs(decision, self.decision)
@@ -103,6 +109,12 @@ class Governor:
         if self.reading is None or self.stall_us_at_start is None:
             return 0.0
         return max(0, self.reading.memory.some.total_us - self.stall_us_at_start) / 1e6
+
+    def explained(self) -> list[str]:
+        """What was learned so far: a short sentence for each setting that is no longer what it was at first."""
+        if self.adapt is None or self.reading is None:
+            return []
+        return explain(self.reading.headroom.limit_bytes, self.settings, self.learned, self.given)
 
     def start(self) -> Governor:
         """Decide once, then keep watching in a thread of its own."""

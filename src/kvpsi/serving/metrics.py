@@ -134,4 +134,12 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_threads", "Threads that compute.", s.threads
     yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
     yield "kvpsi_promised_requests", "Requests that were told when to come again, and have not come yet.", s.promises
+    yield "kvpsi_reserve_bytes", "Headroom that is kept free for others.", s.reserve_bytes
+    yield "kvpsi_regrow_above_bytes", "Headroom from which on the cache may grow back.", s.regrow_bytes
+    yield "kvpsi_lookahead_seconds", "How far ahead the slope of the headroom is followed.", s.lookahead_s
+    yield "kvpsi_largest_step_share", "Share of the cells in use that is given at once at most.", s.step_share
+    yield "kvpsi_stall_threshold", "Share of a tick in which something waited, from which on it counts.", s.stall_share
+    yield "kvpsi_regrow_hold_seconds", "Calm that must have lasted before the cache grows back.", s.calm_hold_s
+    yield "kvpsi_regrow_share", "Share of the whole cache that it then grows by in a second.", s.grow_share
+    yield "kvpsi_adapts", "Whether these follow what the machine shows.", float(s.adapts)
     yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)

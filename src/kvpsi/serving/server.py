@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from kvpsi.engines.loading import LoadSettings, preview
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.errors import EnvironmentProblem, KvpsiError, UsageError
-from kvpsi.governor import LawSettings
+from kvpsi.governor import AdaptSettings, LawSettings
 from kvpsi.governor.shares import ShareSettings
 from kvpsi.governor.sharing import open_sharing
 from kvpsi.governor.threads import ThreadSettings
@@ -58,6 +58,7 @@ class ServerSettings:
         cache: what forgetting must leave alone.
         policy: what is forgotten first.
         law: constants of the control law.
+        adapt: bounds within which these follow what the machine shows; None: they stay as they are.
         share: weight and priority among other governed models under the same limit.
         cache_limit: most of the cache to use, a share.
         api_keys: any of them opens it; none: everybody may come in.
@@ -82,6 +83,7 @@ class ServerSettings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     policy: EvictionPolicy = field(default_factory=Auto)
     law: LawSettings = field(default_factory=LawSettings)
+    adapt: AdaptSettings | None = None
     share: ShareSettings = field(default_factory=ShareSettings)
     cache_limit: float = 1.0
     api_keys: tuple[str, ...] = ()
@@ -224,8 +226,14 @@ class Server:
             stack.callback(service.close)
             if context.cache.mode == "pages":
                 source, trigger = best_sensing(context.model.size())
-                sharing = open_sharing(s.share)
-                service.govern(source, settings=s.law, trigger=trigger, instrument=self._instrument, sharing=sharing)
+                service.govern(
+                    source,
+                    settings=s.law,
+                    adapt=s.adapt,
+                    trigger=trigger,
+                    instrument=self._instrument,
+                    sharing=open_sharing(s.share),
+                )
             threads = ThreadSettings(most_threads=s.load.n_threads)
             service.govern_cpu(threads, self._instrument, adapts=s.adapt_threads)
             service.latencies = Latencies(self._registry, name.alias)

@@ -144,7 +144,8 @@ class Service:
         engine, cache, governor = self.engine, self.context.cache, self.governor
         sizes, counters = engine.memory.status(), engine.counters
         reading = governor.reading if governor else None
-        decision = governor.decision if governor else None
+        decision, law = (governor.decision, governor.settings) if governor else (None, None)
+        limit_bytes = reading.headroom.limit_bytes if reading else 0
         share = decision.share if decision else None
         pressure, threads = self.pressure(), self.cpu_governor.decision if self.cpu_governor else None
         verdict = engine.verdict()
@@ -173,7 +174,7 @@ class Service:
             share_weight=share.weight if share else 1.0,
             share_weights=share.weights if share else 1.0,
             headroom_bytes=reading.headroom.available_bytes if reading else 0,
-            memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
+            memory_limit_bytes=limit_bytes,
             memory_pressure=reading.memory.some.share if reading else 0.0,
             cpu_pressure=pressure.cpu_stall,
             io_pressure=pressure.io_stall,
@@ -208,6 +209,15 @@ class Service:
             pauses=counters.pauses,
             governed=governor is not None and cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
+            adapts=governor is not None and governor.adapt is not None,
+            reserve_bytes=law.low_for(limit_bytes) if law else 0,
+            regrow_bytes=law.high_for(limit_bytes) if law else 0,
+            lookahead_s=law.lookahead_s if law else 0.0,
+            step_share=law.max_step_share if law else 0.0,
+            stall_share=law.stall_share if law else 0.0,
+            calm_hold_s=law.calm_hold_s if law else 0.0,
+            grow_share=law.grow_share if law else 0.0,
+            learned=governor.explained() if governor else [],
             uptime_s=time.time() - self.started_s,
         )
 

@@ -11,7 +11,9 @@ class Status:
     """Sizes in bytes, times in seconds; counters count from the start.
 
     ``reason`` is why the governor decided as it did last. This model may hold ``share_bytes`` of the
-    ``shared_bytes`` that it and other governed ones may hold together; 0: it is alone.
+    ``shared_bytes`` that it and other governed ones may hold together; 0: it is alone. ``reserve_bytes`` to
+    ``grow_share`` are the law's settings as they are now, and ``learned`` says of each that is no longer what it was at
+    the start why.
     """
 
     model: str
@@ -73,6 +75,15 @@ class Status:
     pauses: int
     governed: bool
     reason: str
+    adapts: bool
+    reserve_bytes: int
+    regrow_bytes: int
+    lookahead_s: float
+    step_share: float
+    stall_share: float
+    calm_hold_s: float
+    grow_share: float
+    learned: list[str]
     uptime_s: float
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import simpy
 
 from kvpsi.errors import UsageError
+from kvpsi.governor.adapt import AdaptSettings
 from kvpsi.governor.governor import Governor
 from kvpsi.governor.law import LawSettings
 from kvpsi.governor.sharing import Sharing
@@ -47,6 +48,7 @@ class Law(Controller):
         settings: of the law.
         monitor: how often it looks.
         sharing: other governed models of the board; None: there are none.
+        adapt: bounds within which it learns; None: it does not.
 
     Attributes:
         governor: as soon as it runs.
@@ -59,16 +61,19 @@ class Law(Controller):
         settings: LawSettings | None = None,
         monitor: MonitorSettings | None = None,
         sharing: Sharing | None = None,
+        adapt: AdaptSettings | None = None,
     ) -> None:
         self.settings = settings or LawSettings()
         self.monitor = monitor or MonitorSettings()
-        self.sharing = sharing
+        self.sharing, self.adapt = sharing, adapt
         self.governor: Governor | None = None
 
     def attach(self, memory: Memory, cache: SimCache, engine: SimEngine) -> None:
         """Look as often as the monitor would."""
         source = SimSource(memory, engine.weights.size_bytes)
-        governor = Governor(cache, source, settings=self.settings, monitor=self.monitor, sharing=self.sharing)
+        governor = Governor(
+            cache, source, settings=self.settings, adapt=self.adapt, monitor=self.monitor, sharing=self.sharing
+        )
         self.governor = governor
         memory.env.process(self._watch(memory.env, cache, governor))
 

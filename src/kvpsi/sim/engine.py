@@ -14,7 +14,7 @@ from kvpsi.sim.memory import Events, File, Group, KilledError, Memory, until_kil
 
 _REFUSED_S = 0.05
 _GIVE_UP_S = 30.0
-_LOAD_BYTES_S = 500e6
+LOAD_BYTES_S = 500e6
 _COLD_RUNTIME_SHARE = 0.6  # of what a process has besides weights and cache: needed while it starts only
 _STOP_S = 0.012  # until a decode that is stopped has ended: 2 to 12 ms were measured
 
@@ -26,18 +26,22 @@ class Work:
     Attributes:
         written: tokens.
         reread: tokens that were read again after they had been forgotten.
+        missing: tokens that had been forgotten when an answer was begun, of each answer.
         refused: tokens for which there was no room for a long time.
         restarts: conversations that were longer than the context and began anew.
         longest_context: the most tokens that a conversation had in the cache.
         busy_s: in which there was something to do.
+        waited_s: in which it waited for room.
     """
 
     written: int = 0
     reread: int = 0
+    missing: int = 0
     refused: int = 0
     restarts: int = 0
     longest_context: int = 0
     busy_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class SimEngine:
@@ -121,6 +125,7 @@ class SimEngine:
         if n_loaded and not (yield from self._load(conversation, n_loaded)):
             return False
         lost = conversation.forgotten
+        self.work.missing += lost
         if lost and conversation.n_tokens + turn.prompt_tokens <= self._cache.allowed_tokens:
             conversation.forgotten = 0
             conversation.n_tokens -= lost
@@ -141,7 +146,7 @@ class SimEngine:
             part = min(cache.loading_tokens, 512)
             cache.loading_tokens -= part
             yield from cache.add(conversation, part)
-            yield self._env.timeout(cache.llm.cache_bytes(part) / _LOAD_BYTES_S)
+            yield self._env.timeout(cache.llm.cache_bytes(part) / LOAD_BYTES_S)
         self._note(conversation)
         return True
 
@@ -194,6 +199,7 @@ class SimEngine:
             if waited_s >= _GIVE_UP_S:
                 return False
             waited_s += _REFUSED_S
+            self.work.waited_s += _REFUSED_S
             yield self._env.timeout(_REFUSED_S)
         return True
 

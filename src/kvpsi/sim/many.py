@@ -35,6 +35,8 @@ class Situation:
         talk: how conversations are drawn.
         seconds: that are simulated.
         law: settings of kvpsi's own.
+        elsewhere_share: of the time in which somebody stalls who has a limit of their own.
+        learning_s: at the beginning, which is told apart.
     """
 
     board: Board
@@ -45,6 +47,8 @@ class Situation:
     talk: Talk = field(default_factory=Talk)
     seconds: float = 120.0
     law: LawSettings = field(default_factory=LawSettings)
+    elsewhere_share: float = 0.0
+    learning_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= LONGEST_S:
@@ -60,7 +64,17 @@ class Situation:
         if self.trace is not None:
             drawn.append(("trace", self.trace))
         turns = conversation.draw(self.talk, self.seconds, seed)
-        return Setup(self.board, self.llm, self.n_ctx, turns, drawn, self.seconds)
+        elsewhere = neighbours.draw_stall(self.elsewhere_share, self.seconds, seed)
+        return Setup(
+            self.board,
+            self.llm,
+            self.n_ctx,
+            turns,
+            drawn,
+            self.seconds,
+            learning_s=self.learning_s,
+            elsewhere=elsewhere,
+        )
 
     @property
     def forget_tokens_s(self) -> float:

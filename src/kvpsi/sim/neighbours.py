@@ -23,6 +23,7 @@ Points = tuple[tuple[float, int], ...]
 TOUCH_EVERY_S = 0.2
 """Between two uses of all that a neighbour has, as the real one has it (kvpsi.hog.worker)."""
 _REST_S = 0.05
+_STALL_S = 0.005
 
 
 def _camera(rng: random.Random, size_bytes: int, until_s: float) -> Points:
@@ -112,6 +113,24 @@ def processes(kind: str, size_bytes: int, until_s: float, seed: int) -> tuple[Ho
     if kind in ATTACKS:
         return ATTACKS[kind](random.Random(f"{kind} {seed}"), size_bytes).processes(until_s)
     return (draw(kind, size_bytes, until_s, seed),)
+
+
+def draw_stall(share: float, until_s: float, seed: int) -> list[tuple[float, float]]:
+    """Stall that has nothing to do with the board's memory, such as of a container at a limit of its own: (seconds, how
+    long), 5 ms on average, and in all such a share of the time.
+
+    Raises:
+        UsageError: the share is not from 0 to below 1.
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"A share of {share:g} of the time cannot be stalled; give 0 or more, and less than 1.")
+    rng, found, at_s = random.Random(f"stall {seed}"), [], 0.0
+    while share and at_s < until_s:
+        at_s += rng.expovariate(share / (1 - share) / _STALL_S)
+        lasts_s = rng.expovariate(1 / _STALL_S)
+        found.append((at_s, lasts_s))
+        at_s += lasts_s
+    return found
 
 
 class Neighbour:

@@ -37,6 +37,9 @@ class Setup:
         speed: of the model; None: what follows from the board.
         settings: what eviction leaves alone.
         ends_with_turns: the simulation is over when all that was asked is answered, or the model is dead.
+        learning_s: after which it is told what was lost until then.
+        elsewhere: (seconds, how long) of stall that has nothing to do with the board's memory, in order of time: of
+            somebody who has a limit of their own.
     """
 
     board: Board
@@ -48,10 +51,14 @@ class Setup:
     speed: Speed | None = None
     settings: CacheSettings = field(default_factory=CacheSettings)
     ends_with_turns: bool = False
+    learning_s: float = 0.0
+    elsewhere: Sequence[tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
         if self.n_ctx < 1 or not 0 < self.seconds <= LONGEST_S:
             raise UsageError("A simulation needs a context of one token at least, and a time above 0 s.")
+        if not 0 <= self.learning_s < self.seconds:
+            raise UsageError("The time to learn is 0 s or more, and less than the whole.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,25 @@ class Sample:
     cache_bytes: int
     swapped_bytes: int
     stall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What was lost until a time.
+
+    Attributes:
+        stall_s: the model's and its neighbours', each for itself.
+        waited_s: in which the model waited for room in the cache.
+        missing_tokens: that had been forgotten, of each answer when it was begun.
+        parked_tokens: of conversations that were not going on.
+        killed: processes.
+    """
+
+    stall_s: float
+    waited_s: float
+    missing_tokens: int
+    parked_tokens: int
+    killed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +108,7 @@ class Outcome:
         longest_context: tokens that one conversation had at most in the cache.
         busy_s: in which the model had something to do.
         samples: twice a second.
+        lost, lost_at_first: what was lost in all, and of that until ``learning_s`` had passed.
     """
 
     controller: str
@@ -99,6 +126,8 @@ class Outcome:
     longest_context: int
     busy_s: float
     samples: tuple[Sample, ...]
+    lost: Lost
+    lost_at_first: Lost
 
     @property
     def tok_s(self) -> float:
@@ -121,8 +150,19 @@ def play(setup: Setup, controller: Controller) -> Outcome:
     for neighbour in neighbours:
         neighbour.start()
     samples: list[Sample] = []
+    env.process(_stall(env, memory, setup.elsewhere))
     env.process(_watch(env, memory, cache, samples))
-    over = env.timeout(setup.seconds)
+
+    def lost() -> Lost:
+        stall_s = group.stall.total_s + sum(neighbour.stall_s for neighbour in neighbours)
+        work = engine.work
+        return Lost(stall_s, work.waited_s, work.missing, cache.parked_tokens, len(memory.killed))
+
+    lost_at_first = lost()
+    if setup.learning_s > 0:
+        env.run(until=setup.learning_s)
+        lost_at_first = lost()
+    over = env.timeout(setup.seconds - setup.learning_s)
     env.run(until=env.any_of([over, group.process]) if setup.ends_with_turns and group.process else over)
     samples.append(_sample(env, memory, cache))
     return Outcome(
@@ -141,7 +181,17 @@ def play(setup: Setup, controller: Controller) -> Outcome:
         longest_context=engine.work.longest_context,
         busy_s=engine.work.busy_s,
         samples=tuple(samples),
+        lost=lost(),
+        lost_at_first=lost_at_first,
     )
+
+
+def _stall(env: simpy.Environment, memory: Memory, elsewhere: Sequence[tuple[float, float]]) -> Events:
+    for at_s, lasts_s in elsewhere:
+        yield env.timeout(max(0.0, at_s - env.now))
+        memory.stall.begin()
+        yield env.timeout(lasts_s)
+        memory.stall.end()
 
 
 def _watch(env: simpy.Environment, memory: Memory, cache: SimCache, samples: list[Sample]) -> Events:

@@ -1,0 +1,80 @@
+"""Options that say what is simulated, as `kvpsi simulate` and `kvpsi tune` have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from kvpsi.errors import UsageError
+from kvpsi.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvpsi.hog import HogSettings
+    from kvpsi.sim.boards import Board, Swap
+    from kvpsi.sim.llms import Llm
+
+_MOST_SEEDS = 100_000
+
+
+def check_counts(seeds: int, jobs: int) -> None:
+    """Refuse numbers of --seeds and --jobs that make no sense."""
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise UsageError(f"--seeds {seeds} makes no sense; give 1 to {_MOST_SEEDS}.")
+    if jobs < 0:
+        raise UsageError(f"--jobs {jobs} makes no sense; give 0 or more.")
+
+
+def told(board: Board, llm: Llm) -> str:
+    """A line about board and model."""
+    swap = f"{format_bytes(board.swap.size_bytes)} of swap" if board.swap else "no swap"
+    return (
+        f"{board.name}: {format_bytes(board.memory_bytes)}, {format_bytes(board.system_bytes)} for the system, "
+        f"{swap}; {llm.name}: weights of {format_bytes(llm.weights_bytes)}, {llm.bytes_per_token} B a token."
+    )
+
+
+def board_of(name: str, memory: str, swap: str) -> Board:
+    """What --board, --memory and --swap ask for."""
+    from kvpsi.sim.boards import Board, board_named
+
+    board = board_named(name)
+    if memory:
+        board = Board("board", parse_bytes(memory), scope="cgroup:board")
+    if swap:
+        board = dataclasses.replace(board, swap=_swap(swap, board.memory_bytes))
+    return board
+
+
+def _swap(text: str, memory_bytes: int) -> Swap | None:
+    from kvpsi.sim.boards import Swap
+
+    if text == "none":
+        return None
+    return Swap(memory_bytes // 2 if text == "zram" else parse_bytes(text))
+
+
+def neighbours_in(text: str) -> tuple[tuple[str, int], ...]:
+    """What --neighbours asks for: kinds and sizes."""
+    from kvpsi.sim.neighbours import ALL
+
+    found = []
+    for each in (part.strip() for part in text.split(",") if part.strip()):
+        kind, _, size = each.partition(":")
+        if kind not in ALL or not size:
+            raise UsageError(f"--neighbours {each} is not one of {', '.join(ALL)} with a size, such as camera:400M.")
+        found.append((kind, parse_bytes(size)))
+    return tuple(found)
+
+
+def trace_in(path: Path | None) -> HogSettings | None:
+    """A neighbour that does what the file of --trace says."""
+    from kvpsi.hog import HogSettings
+    from kvpsi.hog.trace import read_trace
+
+    if path is None:
+        return None
+    points = read_trace(path)
+    most = max(size for _, size in points)
+    return HogSettings(max(1, most), shape="trace", trace=points, rate_bytes_s=1e9)

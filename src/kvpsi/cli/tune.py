@@ -1,0 +1,147 @@
+"""``kvpsi tune``: settings of the law that cost least on a simulated board."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpsi.cli.bench.show import in_words, show, status_on_stderr
+from kvpsi.cli.output import print_json
+from kvpsi.cli.situation import board_of, check_counts, neighbours_in, told, trace_in
+from kvpsi.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvpsi.sim.tuning import Choice
+
+
+def tune(
+    board: Annotated[str, typer.Option("--board", help="A preset; --memory instead gives any size.")] = "vps-4gb",
+    memory: Annotated[str, typer.Option("--memory", help="Of the board, such as 600M.")] = "",
+    swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")] = "3b",
+    kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")] = "f16",
+    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")] = 16384,
+    neighbours: Annotated[
+        str, typer.Option("--neighbours", help="Kinds with the most that each takes.")
+    ] = "camera:500M,browser:400M",
+    trace: Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="To tune with.")] = 4,
+    checks: Annotated[int, typer.Option("--checks", help="Other seeds, to check what was found.")] = 10,
+    seconds: Annotated[float, typer.Option("--seconds", help="That are simulated of each.")] = 120.0,
+    conversations: Annotated[int, typer.Option("--conversations", help="That go on at the same time.")] = 2,
+    first_tokens: Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")] = 2000,
+    think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
+    seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare fixed settings and learned ones on kvpsi's own workloads instead."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Search settings of the control law for a board, a model and neighbours; checked on seeds not used for it."""
+    check_counts(seeds, jobs)
+    if checks < 1:
+        raise UsageError(f"--checks {checks} makes no sense; give 1 or more.")
+    tuning_seeds, test_seeds = range(seed, seed + seeds), range(seed + seeds, seed + seeds + checks)
+    if compare:
+        _compare(tuning_seeds, test_seeds, jobs or None, as_json=json)
+        return
+    from kvpsi.governor.adapt import AdaptSettings
+    from kvpsi.sim.comparison import play_with
+    from kvpsi.sim.controllers import Law
+    from kvpsi.sim.conversation import Talk
+    from kvpsi.sim.llms import llm_named
+    from kvpsi.sim.many import Situation
+    from kvpsi.sim.tuning import Choice, Search
+
+    situation = Situation(
+        board=board_of(board, memory, swap),
+        llm=llm_named(model, kv_type),
+        n_ctx=ctx,
+        neighbours=neighbours_in(neighbours),
+        trace=trace_in(trace),
+        talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
+        seconds=seconds,
+    )
+    with status_on_stderr() as say:
+        search = Search([situation], tuning_seeds, jobs or None, say)
+        best = search.run()
+        say("checking")
+        checked = {
+            name: play_with(situation, law, test_seeds, jobs or None).whole_s
+            for name, law in (
+                ("default", Law()),
+                ("tuned", Law(best.choice.law)),
+                ("online", Law(adapt=AdaptSettings())),
+            )
+        }
+    document: dict[str, Any] = {
+        "situation": dataclasses.asdict(situation),
+        "tried": len(search.tried),
+        "choice": dataclasses.asdict(best.choice),
+        "options": options_of(best.choice),
+        "cost_when_tuning_s": {"default": search.cost_of(Choice()).whole_s, "tuned": best.costs[0].whole_s},
+        "cost_s": checked,
+    }
+    if json:
+        print_json(document)
+        return
+    print(told(situation.board, situation.llm))
+    print(
+        f"cost, seconds lost a minute on {checks} other seeds: " + ", ".join(f"{k} {v:.2f}" for k, v in checked.items())
+    )
+    if best.choice == Choice():
+        print(f"None of the {len(search.tried)} settings that were tried is better than the defaults.")
+    elif checked["tuned"] >= checked["default"]:
+        print("What was best when tuning is no better on other seeds: keep the defaults, or give more --seeds.")
+    else:
+        print(f"kvpsi serve {document['options']}")
+
+
+def _compare(tuning_seeds: range, test_seeds: range, n_jobs: int | None, *, as_json: bool) -> None:
+    from kvpsi.sim.comparison import compare, figures
+    from kvpsi.sim.workloads import WORKLOADS
+
+    with status_on_stderr() as say:
+        tuned, compared = compare(WORKLOADS, tuning_seeds, test_seeds, n_jobs, say)
+    rows: list[dict[str, Any]] = [
+        {
+            "workload": each.workload,
+            **{
+                f"{name}{suffix}": round(getattr(getattr(each, name), field), 3)
+                for suffix, field in (("", "later_s"), ("_whole", "whole_s"))
+                for name in ("default", "tuned", "own", "online")
+            },
+            "own_is": options_of(each.own_choice) or "the defaults",
+        }
+        for each in compared
+    ]
+    document = {
+        "tuned": options_of(tuned),
+        "table": rows,
+        "figures": [figure.as_json() for figure in figures(compared)],
+    }
+    words = [f"tuned for all: {document['tuned'] or 'the defaults'}", *map(in_words, rows)]
+    show(document, as_json=as_json, words=words)
+
+
+def options_of(choice: Choice) -> str:
+    """Options of `kvpsi serve` that set what differs from the defaults; none if nothing does."""
+    from kvpsi.sim.boards import MIB
+
+    law = choice.law
+    found = []
+    if law.low_bytes is not None and law.high_bytes is not None:
+        found.append(f"--reserve {law.low_bytes // MIB}M --regrow-above {law.high_bytes // MIB}M")
+    changed = [
+        f"{field.name}={getattr(law, field.name):g}"
+        for field in dataclasses.fields(law)
+        if isinstance(field.default, float) and getattr(law, field.name) != field.default
+    ]
+    if changed:
+        found.append(f"--law {','.join(changed)}")
+    return " ".join(found)
