@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -48,6 +48,24 @@ def ticks(draw: st.DrawFn) -> list[tuple[Reading, CacheStatus]]:
     return found
 
 
+TOLD = {
+    ("lookahead_s",): "s ahead",
+    ("grow_share",): "grows by",
+    ("stall_share", "hard_stall_share"): "stall counts from",
+    ("calm_share",): "of stall is calm",
+}
+LEARNED = {"low_bytes", "min_step_share", "max_step_share", "calm_hold_s", *(name for names in TOLD for name in names)}
+
+
+@given(ticks())
+def test_only_what_is_told_is_learned(seen: list[tuple[Reading, CacheStatus]]) -> None:
+    state = AdaptState()
+    for reading, cache in seen:
+        law, state = adapt(reading, cache, state, LAW, BOUNDS)
+        changed = {each.name for each in fields(law) if getattr(law, each.name) != getattr(LAW, each.name)}
+        assert changed <= LEARNED
+
+
 @given(ticks())
 def test_whatever_is_seen_the_bounds_hold(seen: list[tuple[Reading, CacheStatus]]) -> None:
     state = AdaptState()
@@ -65,6 +83,10 @@ def test_whatever_is_seen_the_bounds_hold(seen: list[tuple[Reading, CacheStatus]
         assert LAW.grow_share <= law.grow_share <= 1
         assert law.guards == LAW.guards
         assert all(line and "\n" not in line for line in explain(scope, law, state, LAW))
+        told = " ".join(explain(scope, law, state, LAW))
+        for names, sentence in TOLD.items():
+            if any(getattr(law, name) > 1.1 * getattr(LAW, name) for name in names):
+                assert sentence in told, "what is learned is told"
 
 
 @given(ticks())

@@ -64,7 +64,12 @@ def test_memory_is_told_with_what_is_saved_and_parked(capsys: pytest.CaptureFixt
     assert "grows back above 48 MiB" in shown and "memory was short once" in shown
     Console(width=150).print(_screen({**status, "sessions_parked": 0}, history))
     assert "parked" not in capsys.readouterr().out
-    shared = {"share_bytes": 120 << 20, "shared_bytes": 180 << 20, "share_weight": 2.0, "share_weights": 3.0}
+    shared = {
+        "may_hold_bytes": 120 << 20,
+        "all_may_hold_bytes": 180 << 20,
+        "share_weight": 2.0,
+        "all_shares_weight": 3.0,
+    }
     Console(width=150).print(_screen({**status, **shared}, history))
     shown = capsys.readouterr().out
     assert "120 MiB of 180 MiB" in shown and "weight 2 of 3" in shown

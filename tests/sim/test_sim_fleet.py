@@ -358,7 +358,7 @@ def test_fleets_that_make_no_sense(changes: dict[str, float], complaint: str) ->
             ["--fleet", "10", "--neighbours", "ramp:1G"],
             "Neighbours of a fleet are camera, bursts, browser",
         ),
-        (["--load", "0.5"], "--load says how a fleet is simulated"),
+        (["--load", "0.5"], "--load cannot be used without --fleet"),
         (["--fleet", "10", "--controllers", "safe", "--neighbours", "camera:4G"], "Even without a cache"),
     ],
 )

@@ -23,8 +23,21 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 _MOST_MODELS = 256
-_NOT_FOR_A_FLEET = ("trace", "conversations", "think_s", "models", "weights", "priorities", "validate", "out_dir")
-_FOR_A_FLEET = ("routers", "load", "poll_s")
+_ONE, _MODELS, _FLEET, _VALIDATE = "one", "models", "fleet", "validate"
+_ONLY_FOR = {
+    "trace": (_ONE,),
+    "out_dir": (_ONE,),
+    "controllers": (_ONE, _FLEET),
+    "conversations": (_ONE, _MODELS),
+    "think_s": (_ONE, _MODELS),
+    "weights": (_MODELS,),
+    "priorities": (_MODELS,),
+    "routers": (_FLEET,),
+    "load": (_FLEET,),
+    "poll_s": (_FLEET,),
+}
+"""Options that do not fit to all that can be simulated: one model, several models, a fleet, runs that were recorded."""
+_FOR_RECORDED = {"validate", "model", "json"}
 
 
 def simulate(
@@ -51,8 +64,10 @@ def simulate(
     first_tokens: Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")] = 2000,
     think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
     reserve: Annotated[str, typer.Option("--reserve", help="Headroom that kvpsi keeps free: 64M; auto.")] = "auto",
+    regrow_above: Annotated[str, typer.Option("--regrow-above", help="Headroom to grow back from: 128M.")] = "auto",
     forget_rate: Annotated[str, typer.Option("--forget-rate", help="Most to forget a minute: 64M; 0; auto.")] = "auto",
     forget_burst: Annotated[str, typer.Option("--forget-burst", help="Most to forget at once: 64M; auto.")] = "auto",
+    law: Annotated[str, typer.Option("--law", help="Other constants of kvpsi's law: calm_hold_s=1.")] = "",
     seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
     validate: Annotated[
@@ -72,12 +87,13 @@ def simulate(
     from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
 
     given = {name for name in context.params if _is_given(context, name)}
-    _refuse_what_does_not_fit(given, bool(fleet))
+    _refuse_what_does_not_fit(given, _mode(given))
     if validate:
         _validate(validate, model, as_json=json)
         return
     check_counts(seeds, jobs)
-    if fleet:
+    law_constants = law_settings(reserve, regrow_above, forget_rate, forget_burst, law)
+    if "fleet" in given:
         from kvpsi.sim.fleet.situation import Fleet
 
         n_seeds = seeds if "seeds" in given else fleets.SEEDS
@@ -92,7 +108,7 @@ def simulate(
                 load=load,
                 seconds=seconds,
                 poll_s=poll_s,
-                law=law_settings(reserve, "auto", forget_rate, forget_burst),
+                law=law_constants,
             ),
             _names(controllers) if "controllers" in given else ["kvpsi"],
             _names(routers),
@@ -109,11 +125,9 @@ def simulate(
         trace=trace_in(trace),
         talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
         seconds=seconds,
-        law=law_settings(reserve, "auto", forget_rate, forget_burst),
+        law=law_constants,
     )
-    if models == 1 and given & {"weights", "priorities"}:
-        raise UsageError("--weights and --priorities are of several models; say with --models how many there are.")
-    if models != 1:
+    if "models" in given:
         _together(situation, models, weights, priorities, range(seed, seed + seeds), jobs or None, as_json=json)
         return
     names = controllers_in(_names(controllers))
@@ -158,13 +172,28 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _refuse_what_does_not_fit(given: set[str], is_fleet: bool) -> None:
-    wrong = [name for name in (_NOT_FOR_A_FLEET if is_fleet else _FOR_A_FLEET) if name in given]
+def _mode(given: set[str]) -> str:
+    """What is simulated.
+
+    Raises:
+        UsageError: several of them are asked for.
+    """
+    modes = [mode for mode in (_VALIDATE, _FLEET, _MODELS) if mode in given]
+    if len(modes) > 1:
+        raise UsageError(f"{' and '.join(f'--{mode}' for mode in modes)} cannot be used together; leave one out.")
+    return modes[0] if modes else _ONE
+
+
+def _refuse_what_does_not_fit(given: set[str], mode: str) -> None:
+    asked = given - _FOR_RECORDED if mode == _VALIDATE else given & _ONLY_FOR.keys()
+    wrong = sorted(name for name in asked if mode not in _ONLY_FOR.get(name, ()))
+    if not wrong:
+        return
     options = ", ".join("--" + name.replace("_", "-") for name in wrong)
-    if wrong and is_fleet:
-        raise UsageError(f"{options} cannot be used with --fleet; leave one or the other out.")
-    if wrong:
-        raise UsageError(f"{options} says how a fleet is simulated; give --fleet with a number of boards, too.")
+    if mode == _ONE:
+        fits = sorted({f"--{each}" for name in wrong for each in _ONLY_FOR[name]})
+        raise UsageError(f"{options} cannot be used without {' or '.join(fits)}; give that, too.")
+    raise UsageError(f"{options} cannot be used with --{mode}; leave one or the other out.")
 
 
 def _names(text: str) -> list[str]:
@@ -211,9 +240,7 @@ def _together(
     from kvpsi.sim.together import Drawn, figures, play_drawn, row
 
     if not 2 <= n_models <= _MOST_MODELS:
-        raise UsageError(f"--models {n_models} makes no sense; give 1 to {_MOST_MODELS}.")
-    if situation.trace is not None:
-        raise UsageError("--trace is for one model; leave out --models, or give --neighbours.")
+        raise UsageError(f"--models {n_models} makes no sense; give 2 to {_MOST_MODELS}, or leave it out.")
     drawn = Drawn(
         situation.board,
         situation.llm,

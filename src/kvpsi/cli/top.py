@@ -140,9 +140,9 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
         values = history.series[series]
         table.add_row(name, value, sparkline(values, max([1.0, *values]) if top_value is None else top_value))
     table.add_row("  in the cache", format_bytes(cache))
-    if s["shared_bytes"]:
-        due = f"{format_bytes(s['share_bytes'])} of {format_bytes(s['shared_bytes'])}"
-        table.add_row("  share", due, f"weight {s['share_weight']:g} of {s['share_weights']:g}")
+    if s["all_may_hold_bytes"]:
+        due = f"{format_bytes(s['may_hold_bytes'])} of {format_bytes(s['all_may_hold_bytes'])}"
+        table.add_row("  share", due, f"weight {s['share_weight']:g} of {s['all_shares_weight']:g}")
     kept = f"{s['sessions'] - s['sessions_parked']} ({format_bytes(saved)})"
     table.add_row("  saved", kept, f"{s['sessions_dropped']} dropped, {s['pauses']} answers paused")
     if s["sessions_parked"]:

@@ -179,7 +179,7 @@ def reserve_of(scope_bytes: int, state: AdaptState, settings: AdaptSettings) -> 
 
 
 def explain(scope_bytes: int, law: LawSettings, state: AdaptState, given: LawSettings) -> list[str]:
-    """What was learned, in a scope of so many bytes: a short sentence for each setting that is not as it was given."""
+    """What was learned, in a scope of so many bytes: a sentence for all that is noticeably not as it was given."""
     found = []
     why = "memory was not short yet"
     if state.last is not None:
@@ -202,8 +202,14 @@ def explain(scope_bytes: int, law: LawSettings, state: AdaptState, given: LawSet
         )
     if law.stall_share > 1.1 * given.stall_share:
         found.append(
-            f"stall counts from {law.stall_share:.0%} of the time (with ample headroom it is {state.noise_share:.0%}; "
-            f"default {given.stall_share:.0%})"
+            f"stall counts from {law.stall_share:.0%} of the time, and is hard from {law.hard_stall_share:.0%} (with "
+            f"ample headroom it is {state.noise_share:.0%}; default {given.stall_share:.0%}, "
+            f"{given.hard_stall_share:.0%})"
+        )
+    if law.calm_share > 1.1 * given.calm_share:
+        found.append(
+            f"up to {law.calm_share:.0%} of stall is calm (with ample headroom it is {state.noise_share:.0%}; default "
+            f"{given.calm_share:.0%})"
         )
     return found
 

@@ -26,6 +26,8 @@ from kvpsi.pressure.reading import Reading
 from kvpsi.status import CacheStatus as CacheStatus
 
 MIB = 1 << 20
+CREDIT_S = 2.0
+"""For so long what was given may not show yet where counters lag."""
 _BAND = 8  # of the distance between the marks, one part more than the reserve is left by those that share
 
 
@@ -171,7 +173,7 @@ def _credit_bytes(state: State, reading: Reading, settings: LawSettings, fellows
     if not _lags(reading):
         return 0
     given = state.given if fellows is None else tuple(sorted((*state.given, *fellows.given)))
-    recent = [g for g in given if reading.time_s - g[0] < max(2.0, settings.echo_s)]
+    recent = [g for g in given if reading.time_s - g[0] < max(CREDIT_S, settings.echo_s)]
     if not recent:
         return 0
     shown = max(0, reading.headroom.available_bytes - recent[0][2])
@@ -190,7 +192,7 @@ def decide(
 ) -> tuple[Decision, State]:
     """One tick of the law; ``fellows`` are the other caches under the same limit, if there are any."""
     now, room = reading.time_s, reading.headroom
-    state = replace(state, given=tuple(g for g in state.given if now - g[0] < 2.0 + settings.echo_s))
+    state = replace(state, given=tuple(g for g in state.given if now - g[0] < CREDIT_S + settings.echo_s))
     low, high = settings.low_for(room.limit_bytes), settings.high_for(room.limit_bytes)
     available = room.available_bytes + _credit_bytes(state, reading, settings, fellows)
     if cache.loading_bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpsi.governor.law import State
+from kvpsi.governor.law import CREDIT_S, State
 from kvpsi.governor.peers import Peers, Record, folder_named, open_peers
 from kvpsi.governor.shares import Claim, Fellows, ShareSettings
 from kvpsi.pressure.reading import Reading
@@ -10,7 +10,7 @@ from kvpsi.status import CacheStatus
 
 _EXCHANGE_S = 0.2
 _STALE_S = 3.0
-_GIVEN_S = 2.5
+_GIVEN_S = CREDIT_S + 0.5
 _PEAK_S = 5.0
 _STEP_SHARE = 0.05
 _REST_SHARE = 0.01

@@ -120,8 +120,12 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
     yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
     yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
-    yield "kvpsi_share_bytes", "What this model may hold beside other governed ones; 0: it is alone.", s.share_bytes
-    yield "kvpsi_shared_bytes", "What all of these may hold together.", s.shared_bytes
+    yield (
+        "kvpsi_may_hold_bytes",
+        "What this model may hold beside others; 0: it is alone.",
+        s.may_hold_bytes,
+    )
+    yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
     yield "kvpsi_sessions", "Saved conversations.", s.sessions
     yield "kvpsi_sessions_bytes", "Memory of saved conversations.", s.sessions_bytes
     yield "kvpsi_parked_sessions", "Conversations that are in a file only.", s.sessions_parked

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Status:
     """Sizes in bytes, times in seconds; counters count from the start.
 
-    ``reason`` is why the governor decided as it did last. This model may hold ``share_bytes`` of the
-    ``shared_bytes`` that it and other governed ones may hold together; 0: it is alone. ``reserve_bytes`` to
+    ``reason`` is why the governor decided as it did last. This model may hold ``may_hold_bytes`` of the
+    ``all_may_hold_bytes`` that it and other governed ones may hold together; 0: it is alone. ``reserve_bytes`` to
     ``grow_share`` are the law's settings as they are now, and ``learned`` says of each that is no longer what it was at
     the start why.
     """
@@ -35,10 +35,10 @@ class Status:
     committed_bytes: int
     resident_bytes: int
     limit_bytes: int
-    share_bytes: int
-    shared_bytes: int
+    may_hold_bytes: int
+    all_may_hold_bytes: int
     share_weight: float
-    share_weights: float
+    all_shares_weight: float
     headroom_bytes: int
     memory_limit_bytes: int
     memory_pressure: float

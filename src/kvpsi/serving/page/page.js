@@ -51,8 +51,8 @@ function show(status, series, events) {
   byId("headroom").textContent = size(status.headroom_bytes);
   const cache = status.resident_bytes, saved = status.sessions_bytes, parked = status.sessions_parked;
   byId("memory").textContent = `${size(cache + saved)} of ${size(status.capacity_bytes)}`;
-  const due = status.shared_bytes
-    ? `; share ${size(status.share_bytes)} of ${size(status.shared_bytes)}, weight ${status.share_weight} of ${status.share_weights}`
+  const due = status.all_may_hold_bytes
+    ? `; share ${size(status.may_hold_bytes)} of ${size(status.all_may_hold_bytes)}, weight ${status.share_weight} of ${status.all_shares_weight}`
     : "";
   byId("parts").textContent = `memory of conversations (cache ${size(cache)}, saved ${size(saved)}${due})`;
   byId("speed").textContent = status.tokens_per_second.toFixed(1);
