@@ -72,9 +72,10 @@ def trace_in(path: Path | None) -> HogSettings | None:
     """A neighbour that does what the file of --trace says."""
     from kvpsi.hog import HogSettings
     from kvpsi.hog.trace import read_trace
+    from kvpsi.sim.boards import TOUCH_BYTES_S
 
     if path is None:
         return None
     points = read_trace(path)
     most = max(size for _, size in points)
-    return HogSettings(max(1, most), shape="trace", trace=points, rate_bytes_s=1e9)
+    return HogSettings(max(1, most), shape="trace", trace=points, rate_bytes_s=TOUCH_BYTES_S)

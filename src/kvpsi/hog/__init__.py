@@ -4,7 +4,7 @@
 `supervise` starts one and tells what became of it.
 """
 
-from kvpsi.hog.shape import HogSettings
+from kvpsi.hog.shape import HogSettings, step_bytes_for
 from kvpsi.hog.supervise import Hog, HogReport, worker_command
 
-__all__ = ["Hog", "HogReport", "HogSettings", "worker_command"]
+__all__ = ["Hog", "HogReport", "HogSettings", "step_bytes_for", "worker_command"]

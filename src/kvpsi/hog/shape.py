@@ -18,6 +18,13 @@ _ABOVE_ZERO = {
     "period_s": "--period-s",
 }
 _NOT_NEGATIVE = {"warmup_s": "--pressure-warmup-s", "hold_s": "--hold-s"}
+_MIB = 1 << 20
+
+
+def step_bytes_for(size_bytes: int, least_bytes: int) -> int:
+    """Steps for a neighbour that has ``size_bytes`` at most: a 256th of it in whole MiB, and 2 MiB at least; but no
+    more than ``least_bytes``, as a process takes whole steps only, and less than one not at all."""
+    return max(1, min(least_bytes, max(2 * _MIB, size_bytes // 256 // _MIB * _MIB)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from kvpsi.hog.shape import HogSettings
 from kvpsi.pressure.locate import locate_cgroups
 from kvpsi.pressure.psi import parse_pressure
 
-_REST_S = 0.05
-_TOUCH_EVERY_S = 0.2
+REST_S = 0.05
+TOUCH_EVERY_S = 0.2
+"""Between two uses of all that it has."""
 _TELL_EVERY_S = 0.1
 
 
@@ -54,10 +55,10 @@ def run(settings: HogSettings, ended: threading.Event) -> dict[str, object]:
         if hoard.size_bytes > peak_bytes:
             peak_bytes, reached_at = hoard.size_bytes, now
         if not moved:
-            if now - touched_at >= _TOUCH_EVERY_S:
+            if now - touched_at >= TOUCH_EVERY_S:
                 touched_at = now
                 hoard.touch()
-            ended.wait(_REST_S)
+            ended.wait(REST_S)
         if now - told_at >= _TELL_EVERY_S:
             told_at = now
             print(json.dumps({"time_s": round(now, 3), "size_bytes": hoard.size_bytes}), flush=True)

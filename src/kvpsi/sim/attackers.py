@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from kvpsi.errors import UsageError
 from kvpsi.governor.law import LawSettings
-from kvpsi.hog import HogSettings
+from kvpsi.hog import HogSettings, step_bytes_for
 from kvpsi.pressure.interval import MonitorSettings
-from kvpsi.sim.boards import MIB
+from kvpsi.sim.boards import TOUCH_BYTES_S
 
 _LAW, _MONITOR = LawSettings(), MonitorSettings()
 GOVERNOR_TIMES_S = (
@@ -65,7 +65,7 @@ class Attack:
             UsageError: they are too many to be simulated.
         """
         size_bytes = self.size_bytes // self.n_processes
-        step_bytes = min(size_bytes, max(2 * MIB, size_bytes // 256 // MIB * MIB))
+        step_bytes = step_bytes_for(size_bytes, size_bytes)
         apart_s = self.period_s / self.n_processes if self.staggered else 0.0
         n_blows = max(0, math.ceil((until_s - self.phase_s) / self.period_s))
         if n_blows * self.n_processes > _MOST_BLOWS:
@@ -86,7 +86,7 @@ class Attack:
 
 def _ramp(rng: random.Random, size_bytes: int) -> Attack:
     """All of it as fast as can be, which is then dropped, again and again."""
-    lives_s = size_bytes / 1e9 + rng.uniform(0.05, 0.5)
+    lives_s = size_bytes / TOUCH_BYTES_S + rng.uniform(0.05, 0.5)
     period_s = lives_s + rng.uniform(0.2, 5.0)
     return Attack(size_bytes, period_s, lives_s / period_s, rng.uniform(1, 6))
 

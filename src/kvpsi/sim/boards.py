@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from kvpsi.errors import UsageError
 
 MIB, GIB = 1 << 20, 1 << 30
+TOUCH_BYTES_S = 1e9
+"""How fast one processor can touch fresh memory."""
 
 
 @dataclass(frozen=True, slots=True)

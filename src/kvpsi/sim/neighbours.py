@@ -1,7 +1,8 @@
 """What else takes memory on a board: how much at which time, drawn from a seed, and the process that takes it.
 
 Each kind is a trace of (seconds, bytes) in `HogSettings`, so that `kvpsi hog --trace` can play the same for real; those
-of `attackers` are many processes.
+of `attackers` are many processes. A new kind is a function in `KINDS` that returns points, never a shape of
+`HogSettings`: the boards of a fleet play points only.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from collections.abc import Callable, Mapping
 import simpy
 
 from kvpsi.errors import UsageError
-from kvpsi.hog import HogSettings
+from kvpsi.hog import HogSettings, step_bytes_for
+from kvpsi.hog.worker import REST_S, TOUCH_EVERY_S
 from kvpsi.sim.attackers import ATTACKS
-from kvpsi.sim.boards import MIB
+from kvpsi.sim.boards import MIB, TOUCH_BYTES_S
 from kvpsi.sim.memory import Events, Group, Memory, until_killed
 from kvpsi.sim.planning import draw_rate
 
 Points = tuple[tuple[float, int], ...]
 
-TOUCH_EVERY_S = 0.2
-"""Between two uses of all that a neighbour has, as the real one has it (kvpsi.hog.worker)."""
-_REST_S = 0.05
 _STALL_S = 0.005
+_STEPS = 16
 
 
 def _camera(rng: random.Random, size_bytes: int, until_s: float) -> Points:
@@ -82,10 +82,16 @@ ALL = (*KINDS, GROWTH, *ATTACKS)
 """Names of all neighbours."""
 
 
+def _step_bytes(size_bytes: int) -> int:
+    """Small enough that a process has what its trace says but for a 16th of its size."""
+    return step_bytes_for(size_bytes, size_bytes // _STEPS)
+
+
 def _growth(rng: random.Random, size_bytes: int, until_s: float) -> HogSettings:
     """It grows once, at a rate as `kvpsi.sim.planning` takes it, and keeps all."""
     at_s = until_s * rng.uniform(0.3, 0.6)
-    return HogSettings(size_bytes, 1 * MIB, warmup_s=at_s, rate_bytes_s=draw_rate(rng), hold_s=until_s)
+    step_bytes = min(1 * MIB, _step_bytes(size_bytes))
+    return HogSettings(size_bytes, step_bytes, warmup_s=at_s, rate_bytes_s=draw_rate(rng), hold_s=until_s)
 
 
 def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
@@ -100,8 +106,7 @@ def draw(kind: str, size_bytes: int, until_s: float, seed: int) -> HogSettings:
     if kind not in KINDS:
         raise UsageError(f"Neighbours are {', '.join(ALL)}, not {kind!r}.")
     points = KINDS[kind](rng, size_bytes, until_s)
-    step_bytes = max(2 * MIB, size_bytes // 256 // MIB * MIB)
-    return HogSettings(size_bytes, step_bytes, shape="trace", trace=points, hold_s=until_s)
+    return HogSettings(size_bytes, _step_bytes(size_bytes), shape="trace", trace=points, hold_s=until_s)
 
 
 def processes(kind: str, size_bytes: int, until_s: float, seed: int) -> tuple[HogSettings, ...]:
@@ -165,7 +170,7 @@ class Neighbour:
             if has_bytes + s.step_bytes <= target_bytes:
                 yield from memory.take(group, s.step_bytes)
                 has_bytes += s.step_bytes
-                yield env.timeout(s.step_bytes / 1e9)
+                yield env.timeout(s.step_bytes / TOUCH_BYTES_S)
             elif has_bytes > target_bytes:
                 memory.give(group, s.step_bytes)
                 has_bytes -= s.step_bytes
@@ -173,5 +178,5 @@ class Neighbour:
                 if now_s - touched_s >= TOUCH_EVERY_S:
                     touched_s = now_s
                     yield from memory.touch(group)
-                yield env.timeout(min(_REST_S, max(1e-6, s.duration_s - now_s)))
+                yield env.timeout(min(REST_S, max(1e-6, s.duration_s - now_s)))
         memory.end(group)

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from kvpsi.errors import UsageError
 from kvpsi.governor.law import LawSettings
 from kvpsi.kv import CacheSettings
-from kvpsi.sim.boards import MIB, Board
+from kvpsi.sim.boards import MIB, TOUCH_BYTES_S, Board
 from kvpsi.sim.llms import Llm
 
 RATE_MEDIAN_BYTES_S = 100 * MIB
 RATE_SIGMA = 1.0
-TOUCH_BYTES_S = 1e9
 DELAY_S = 0.05
 _BLOCK_TOKENS = 32
 _SAFE_RESERVE_SHARE = 0.05

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpsi.hog import HogSettings
-from kvpsi.sim.boards import BOARDS, GIB, MIB, Board, Swap
+from kvpsi.sim.boards import BOARDS, GIB, MIB, TOUCH_BYTES_S, Board, Swap
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import LLMS, Llm
 from kvpsi.sim.many import Situation
@@ -25,12 +25,14 @@ def _leak(most_bytes: int, grows_s: float, until_s: float) -> HogSettings:
         for began_s in range(0, int(until_s), int(grows_s) + 1)
         for step in range(n_steps)
     ]
-    return HogSettings(most_bytes, shape="trace", trace=tuple(points), rate_bytes_s=1e9, hold_s=until_s)
+    return HogSettings(most_bytes, shape="trace", trace=tuple(points), rate_bytes_s=TOUCH_BYTES_S, hold_s=until_s)
 
 
 def _always(size_bytes: int, until_s: float) -> HogSettings:
     """A process that has the same all the time."""
-    return HogSettings(size_bytes, shape="trace", trace=((0.0, size_bytes),), rate_bytes_s=1e9, hold_s=until_s)
+    return HogSettings(
+        size_bytes, shape="trace", trace=((0.0, size_bytes),), rate_bytes_s=TOUCH_BYTES_S, hold_s=until_s
+    )
 
 
 def _on(board: Board, llm: Llm, talk: Talk, **others: Any) -> Situation:

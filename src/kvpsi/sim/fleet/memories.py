@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvpsi.sim.boards import Board
+from kvpsi.hog.worker import TOUCH_EVERY_S
+from kvpsi.sim.boards import TOUCH_BYTES_S, Board
 from kvpsi.sim.fleet.situation import Floats, Traces
 from kvpsi.sim.llms import Llm
 from kvpsi.sim.memory import ACTIVATED_SHARE, FILE_SHARE, MISSES, MISSES_WITH_SWAP, SPARE_SHARE
-from kvpsi.sim.neighbours import TOUCH_EVERY_S
-from kvpsi.sim.planning import TOUCH_BYTES_S
 
 MODEL = -1
 """Stands for the model where a neighbour's number is meant."""
