@@ -14,7 +14,9 @@ import pytest
 
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.hog import Hog, HogSettings
-from kvpsi.sim.together import SETTLING_S, SWING_SHARE, TOLERANCE, swings
+from kvpsi.sim.together.many import TOLERANCE
+from kvpsi.sim.together.situation import SETTLING_S
+from kvpsi.sim.together.swings import SWING_SHARE, swings
 
 pytestmark = [pytest.mark.engine, pytest.mark.pressure, pytest.mark.usefixtures("board_places")]
 MIB = 1 << 20

@@ -17,9 +17,10 @@ from kvpsi.sim.attackers import ATTACKS, Attack, most_beyond, most_within
 from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import Llm
-from kvpsi.sim.many import Situation, play_one
+from kvpsi.sim.many import play_one
 from kvpsi.sim.neighbours import processes
 from kvpsi.sim.play import Outcome
+from kvpsi.sim.situation import Situation
 
 LLM = Llm("small", 94 * MIB, 23040, 384, runtime_bytes=120 * MIB)
 BOARD = Board("600M", 600 * MIB, scope="cgroup:board")

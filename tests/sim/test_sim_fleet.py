@@ -9,11 +9,15 @@ import random
 import numpy as np
 import pytest
 
+from kvpsi.cli import fleet as cli_fleet
 from kvpsi.cli.main import main
 from kvpsi.errors import UsageError
+from kvpsi.governor import AdaptSettings
+from kvpsi.serving import engine
 from kvpsi.sim.boards import GIB, MIB, Board, Swap, board_named
 from kvpsi.sim.controllers import controller_named
 from kvpsi.sim.conversation import Talk, Turn
+from kvpsi.sim.fleet import server as fleet_server
 from kvpsi.sim.fleet.engines import Engines
 from kvpsi.sim.fleet.many import figures, play_all, row, runs
 from kvpsi.sim.fleet.memories import MODEL, Memories
@@ -317,6 +321,21 @@ def test_the_router_that_knows_pressure_avoids_it() -> None:
     blind, seeing = (row(found[GOVERNED, name]) for name in ("least-loaded", "pressure"))
     assert float(str(blind["sent_short_share"])) > 0.1
     assert float(str(seeing["sent_short_share"])) < 0.8 * float(str(blind["sent_short_share"]))
+
+
+def test_what_is_written_twice_agrees() -> None:
+    """The simulator loads no server, and `--help` no simulator."""
+    assert fleet_server._LOOKED_AT == engine._LOOKED_AT
+    assert fleet_server._FIRST_TOKEN_WEIGHT == engine._FIRST_TOKEN_WEIGHT
+    assert cli_fleet.ROUTERS.split(",") == list(ROUTERS)
+
+
+def test_a_fleet_learns_what_its_boards_show() -> None:
+    fleet = dataclasses.replace(FLEET, n_boards=4, seconds=5.0)
+    learning = run_of(dataclasses.replace(fleet, adapt=AdaptSettings()))
+    settings = [each.governor.settings for each in learning.servers if each.governor is not None]
+    assert len(settings) == 4 and all(each != fleet.law for each in settings)
+    assert all(each.governor is not None and each.governor.settings == fleet.law for each in run_of(fleet).servers)
 
 
 def test_work_grows_with_the_number_of_boards() -> None:

@@ -8,13 +8,15 @@ import itertools
 import pytest
 
 from kvpsi.errors import UsageError
+from kvpsi.governor import AdaptSettings
 from kvpsi.hog import HogSettings
 from kvpsi.sim.boards import MIB, Board, Swap
-from kvpsi.sim.controllers import CONTROLLERS, controller_named
+from kvpsi.sim.controllers import CONTROLLERS, Law, controller_named
 from kvpsi.sim.conversation import Talk, Turn, draw
 from kvpsi.sim.llms import Llm, Speed
-from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
+from kvpsi.sim.many import SAFE, controllers_in, figures, play_all, play_one, row
 from kvpsi.sim.play import Outcome, Setup, play
+from kvpsi.sim.situation import Situation
 
 LLM = Llm("small", 94 * MIB, 23040, 384, runtime_bytes=120 * MIB)
 SPEED = Speed(0.06, 4e-10, 0.008, 7e-11)
@@ -81,6 +83,13 @@ def test_the_same_seed_gives_the_same() -> None:
     assert [line["controller"] for line in table] == list(names)
     assert table[1]["runs_with_a_kill"] == 0
     assert {figure.name for figure in figures(one)} >= {"kvpsi.stall_s", "safe.context_reached"}
+
+
+def test_a_situation_says_whether_the_law_learns() -> None:
+    situation = Situation(BOARD, LLM, 8192, (("camera", 150 * MIB), ("bursts", 180 * MIB)), seconds=30.0)
+    learns = dataclasses.replace(situation, adapt=AdaptSettings())
+    given, learned = (play_one(each, "kvpsi", 1) for each in (situation, learns))
+    assert learned == play(learns.setup(1), Law(adapt=AdaptSettings())) != given
 
 
 def test_a_safe_cache_fits_beside_all_neighbours() -> None:

@@ -10,23 +10,17 @@ import pytest
 
 from kvpsi.cli.main import main
 from kvpsi.errors import UsageError
+from kvpsi.governor import AdaptSettings, LawSettings
 from kvpsi.governor.shares import ShareSettings
 from kvpsi.hog import HogSettings
 from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.conversation import Talk, Turn
 from kvpsi.sim.llms import Llm, Speed
-from kvpsi.sim.together import (
-    TOLERANCE,
-    Drawn,
-    Tenant,
-    Together,
-    TogetherOutcome,
-    figures,
-    play_drawn,
-    play_together,
-    row,
-    swings,
-)
+from kvpsi.sim.situation import Situation
+from kvpsi.sim.together.many import TOLERANCE, figures, play_drawn, row
+from kvpsi.sim.together.play import TogetherOutcome, play_together
+from kvpsi.sim.together.situation import Drawn, Tenant, Together
+from kvpsi.sim.together.swings import swings
 
 LLM = Llm("small", 94 * MIB, 23040, 384, runtime_bytes=120 * MIB)
 SPEED = Speed(0.05, 4e-11, 0.001, 2e-12)
@@ -80,7 +74,8 @@ def test_a_newcomer_has_its_share_after_ten_seconds(priority: int, weight: float
 
 def test_what_is_drawn_is_the_same_for_a_seed() -> None:
     talk = Talk(1, 3000, 500, 300, 1.0)
-    drawn = Drawn(BOARD, LLM, 8192, 3, (1.0, 2.0), (0,), (("bursts", 80 * MIB),), talk, 20.0, SPEED)
+    situation = Situation(BOARD, LLM, 8192, (("bursts", 80 * MIB),), talk=talk, seconds=20.0)
+    drawn = Drawn(situation, 3, (1.0, 2.0))
     one, other = play_drawn(drawn, 1), play_drawn(drawn, 2)
     assert one == play_drawn(drawn, 1) != other and one.killed == other.killed == ()
     assert [each.weight for each in one.tenants] == [1.0, 2.0, 1.0]
@@ -104,6 +99,25 @@ def test_what_cannot_be_is_refused() -> None:
         Together(BOARD, ())
     with pytest.raises(UsageError, match="same name"):
         Together(BOARD, (one, one))
+    with pytest.raises(UsageError, match="stall from elsewhere"):
+        Drawn(Situation(BOARD, LLM, 8192, elsewhere_share=0.1), 2)
+
+
+def test_what_a_situation_says_holds_for_each_model() -> None:
+    trace = HogSettings(50 * MIB, hold_s=30.0)
+    law, adapt = LawSettings(lookahead_s=0.1), AdaptSettings()
+    situation = Situation(BOARD, LLM, 8192, (("bursts", 80 * MIB),), trace, seconds=20.0, law=law, adapt=adapt)
+    board = Drawn(situation, 2).together(3)
+    assert [(each.law, each.adapt) for each in board.tenants] == [(law, adapt)] * 2
+    assert list(board.neighbours) == list(situation.setup(3).neighbours) and board.neighbours[-1] == ("trace", trace)
+
+
+def test_models_that_learn_are_played_otherwise() -> None:
+    given = tuple(tenant(n, ShareSettings()) for n in range(2))
+    learn = tuple(dataclasses.replace(each, adapt=AdaptSettings()) for each in given)
+    board = Board("2G", 2048 * MIB, scope="cgroup:board")
+    outcomes = [play_together(Together(board, each, (hog(1200),), 15.0)) for each in (given, learn)]
+    assert outcomes[0].least_headroom_bytes > 80 * MIB > outcomes[1].least_headroom_bytes, "reserves of 102 and 48"
 
 
 @pytest.mark.parametrize(

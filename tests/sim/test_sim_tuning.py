@@ -18,8 +18,8 @@ from kvpsi.sim.comparison import Compared, figures, play_with
 from kvpsi.sim.controllers import Law
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import Llm
-from kvpsi.sim.many import Situation
 from kvpsi.sim.play import Lost, play
+from kvpsi.sim.situation import Situation
 from kvpsi.sim.tuning import KILL_S, Choice, Cost, Search, cost_of, cost_with, ratio
 from kvpsi.sim.workloads import WORKLOADS
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SEEDS = 3
 ROUTERS = "random,round-robin,least-loaded,pressure"
+"""All of `kvpsi.sim.fleet.routers.ROUTERS`, which is slow to load; a test compares."""
 
 
 def simulate_fleet(

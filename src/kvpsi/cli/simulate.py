@@ -18,7 +18,7 @@ from kvpsi.cli.situation import board_of, check_counts, neighbours_in, told, tra
 from kvpsi.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvpsi.sim.many import Situation
+    from kvpsi.sim.situation import Situation
     from kvpsi.sim.validation import Compared
 
 N = TypeVar("N", int, float)
@@ -84,7 +84,8 @@ def simulate(
     """Try a board, a model and neighbours that are not here: kvpsi's own law beside other ways to size a cache."""
     from kvpsi.sim.conversation import Talk
     from kvpsi.sim.llms import llm_named
-    from kvpsi.sim.many import SAFE, Situation, controllers_in, figures, play_all, row
+    from kvpsi.sim.many import SAFE, controllers_in, figures, play_all, row
+    from kvpsi.sim.situation import Situation
 
     given = {name for name in context.params if _is_given(context, name)}
     _refuse_what_does_not_fit(given, _mode(given))
@@ -237,21 +238,16 @@ def _together(
 ) -> None:
     """Several governed models, in place of one with several controllers."""
     from kvpsi.sim.processes import spread
-    from kvpsi.sim.together import Drawn, figures, play_drawn, row
+    from kvpsi.sim.together.many import figures, play_drawn, row
+    from kvpsi.sim.together.situation import Drawn
 
     if not 2 <= n_models <= _MOST_MODELS:
         raise UsageError(f"--models {n_models} makes no sense; give 2 to {_MOST_MODELS}, or leave it out.")
     drawn = Drawn(
-        situation.board,
-        situation.llm,
-        situation.n_ctx,
+        situation,
         n_models,
         _numbers("--weights", weights, float),
         _numbers("--priorities", priorities, int),
-        situation.neighbours,
-        situation.talk,
-        situation.seconds,
-        law=situation.law,
     )
     drawn.together(seeds[0])  # complains of what cannot be before any of it is played
     problems = []

@@ -55,7 +55,7 @@ def tune(
     from kvpsi.sim.controllers import Law
     from kvpsi.sim.conversation import Talk
     from kvpsi.sim.llms import llm_named
-    from kvpsi.sim.many import Situation
+    from kvpsi.sim.situation import Situation
     from kvpsi.sim.tuning import Choice, Search
 
     situation = Situation(

@@ -15,7 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ _NEW = ".new-"
 _UNFINISHED_S = 60.0
 _MOST_BYTES = 4096
 _MOST_NUMBER = 1 << 60
-_SIZES = ("used_bytes", "held_bytes", "floor_bytes", "demand_bytes", "givable_bytes")
+_SIZES = tuple(field.name for field in fields(Claim) if field.name.endswith("_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +235,12 @@ def _unpacked(data: bytes, name: str) -> Record | None:
     return None
 
 
-def _record_of(fields: dict[str, Any], name: str) -> Record:
-    said = fields["claim"]
+def _record_of(told: dict[str, Any], name: str) -> Record:
+    said = told["claim"]
     sizes = {key: int(said[key]) for key in _SIZES}
-    weight, priority, time_s = float(said["weight"]), int(said["priority"]), float(fields["time_s"])
-    numbers = (*sizes.values(), int(fields["returned_bytes"]))
+    weight, priority, time_s = float(said["weight"]), int(said["priority"]), float(told["time_s"])
+    numbers = (*sizes.values(), int(told["returned_bytes"]))
     if not all(0 <= n < _MOST_NUMBER for n in numbers) or not 0 < weight < math.inf or not math.isfinite(time_s):
         raise ValueError("it says what cannot be")
-    scopes = tuple(str(scope) for scope in fields["scopes"])
+    scopes = tuple(str(scope) for scope in told["scopes"])
     return Record(time_s, scopes, Claim(**sizes, weight=weight, priority=priority), numbers[-1], name)

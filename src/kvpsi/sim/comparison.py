@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from kvpsi.bench.figures import Figure
 from kvpsi.governor.adapt import AdaptSettings
 from kvpsi.sim.controllers import Law
-from kvpsi.sim.many import Situation
 from kvpsi.sim.processes import spread
+from kvpsi.sim.situation import Situation
 from kvpsi.sim.tuning import Choice, Cost, Search, cost_with, mean_cost, ratio
 
 WORST_OF_BEST = 1.10
@@ -53,15 +53,15 @@ def compare(
         own = Search([situation], tuning_seeds, n_jobs, lambda text: say(f"tuning for one, {text}"))
         choice = own.run(most_rounds=1, start=tuned).choice
         say(f"comparing {name}")
-        laws = Law(), Law(tuned.law), Law(choice.law), Law(adapt=AdaptSettings())
-        costs = [play_with(situation, law, test_seeds, n_jobs) for law in laws]
+        controllers = Law(), Law(tuned.law), Law(choice.law), Law(adapt=AdaptSettings())
+        costs = [play_with(situation, controller, test_seeds, n_jobs) for controller in controllers]
         found.append(Compared(name, costs[0], costs[1], costs[2], costs[3], choice))
     return tuned, found
 
 
-def play_with(situation: Situation, law: Law, seeds: Sequence[int], n_jobs: int | None = None) -> Cost:
-    """What a law costs, mean of the seeds."""
-    return mean_cost(spread(cost_with, [(situation, law, seed) for seed in seeds], n_jobs))
+def play_with(situation: Situation, controller: Law, seeds: Sequence[int], n_jobs: int | None = None) -> Cost:
+    """What a controller costs, mean of the seeds; see `kvpsi.sim.tuning.cost_with`."""
+    return mean_cost(spread(cost_with, [(situation, controller, seed) for seed in seeds], n_jobs))
 
 
 def figures(compared: Sequence[Compared]) -> list[Figure]:

@@ -4,95 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from kvpsi.bench.figures import Figure, quantile
 from kvpsi.errors import UsageError
-from kvpsi.governor.law import LawSettings
-from kvpsi.hog import HogSettings
-from kvpsi.sim import conversation, neighbours
 from kvpsi.sim.attackers import most_beyond, most_within
-from kvpsi.sim.boards import MIB, Board
+from kvpsi.sim.boards import MIB
 from kvpsi.sim.controllers import CONTROLLERS, Law, controller_named
-from kvpsi.sim.conversation import Talk
-from kvpsi.sim.llms import Llm
-from kvpsi.sim.planning import safe_tokens
-from kvpsi.sim.play import LONGEST_S, Outcome, Setup, play
+from kvpsi.sim.play import Outcome, play
 from kvpsi.sim.processes import spread
+from kvpsi.sim.situation import Situation
 
 SAFE = "safe"
 """A static cache of the size that fits even when all neighbours have most, which is what careful people choose."""
-
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What is the same for all controllers; each seed draws its own neighbours and conversations of it.
-
-    Attributes:
-        board, llm, n_ctx: as for `kvpsi.sim.play.Setup`.
-        neighbours: kinds and the most that each takes, in bytes.
-        trace: a recorded neighbour instead of or beside these.
-        talk: how conversations are drawn.
-        seconds: that are simulated.
-        law: settings of kvpsi's own.
-        elsewhere_share: of the time in which somebody stalls who has a limit of their own.
-        learning_s: at the beginning, which is told apart.
-    """
-
-    board: Board
-    llm: Llm
-    n_ctx: int
-    neighbours: tuple[tuple[str, int], ...] = ()
-    trace: HogSettings | None = None
-    talk: Talk = field(default_factory=Talk)
-    seconds: float = 120.0
-    law: LawSettings = field(default_factory=LawSettings)
-    elsewhere_share: float = 0.0
-    learning_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.seconds <= LONGEST_S:
-            raise UsageError(f"{self.seconds:g} s cannot be simulated; give more than 0 and at most {LONGEST_S:.0f}.")
-
-    def setup(self, seed: int) -> Setup:
-        """The situation of a seed."""
-        drawn = [
-            (f"{kind} {number}", process)
-            for number, (kind, size) in enumerate(self.neighbours, start=1)
-            for process in neighbours.processes(kind, size, self.seconds, 1000 * seed + number)
-        ]
-        if self.trace is not None:
-            drawn.append(("trace", self.trace))
-        turns = conversation.draw(self.talk, self.seconds, seed)
-        elsewhere = neighbours.draw_stall(self.elsewhere_share, self.seconds, seed)
-        return Setup(
-            self.board,
-            self.llm,
-            self.n_ctx,
-            turns,
-            drawn,
-            self.seconds,
-            learning_s=self.learning_s,
-            elsewhere=elsewhere,
-        )
-
-    @property
-    def forget_tokens_s(self) -> float:
-        """Tokens a second that kvpsi's guards allow a cache that shrinks to forget."""
-        capacity_bytes = self.llm.cache_bytes(self.n_ctx)
-        return self.law.guards.rate_bytes_s(capacity_bytes) / self.llm.bytes_per_token
-
-    @property
-    def most_beside_bytes(self) -> int:
-        """What all neighbours take at most, at the same time."""
-        most = sum(size for _, size in self.neighbours)
-        if self.trace is not None:
-            most += max((size for _, size in self.trace.trace), default=self.trace.size_bytes)
-        return most
-
-    def safe_ctx(self) -> int:
-        """Tokens of a static cache for which there is always room; 0 if there is none."""
-        return safe_tokens(self.board, self.llm, self.n_ctx, self.most_beside_bytes)
 
 
 def play_one(situation: Situation, name: str, seed: int) -> Outcome:
@@ -107,7 +31,7 @@ def play_one(situation: Situation, name: str, seed: int) -> Outcome:
         if n_ctx < 1:
             raise UsageError("Even without a cache this model does not fit beside the neighbours at their most.")
         return replace(play(replace(setup, n_ctx=n_ctx), controller_named("static")), controller=SAFE)
-    return play(setup, Law(situation.law) if name == Law.name else controller_named(name))
+    return play(setup, Law(situation.law, adapt=situation.adapt) if name == Law.name else controller_named(name))
 
 
 def controllers_in(names: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ of `attackers` are many processes. A new kind is a function in `KINDS` that retu
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import simpy
 
@@ -118,6 +118,24 @@ def processes(kind: str, size_bytes: int, until_s: float, seed: int) -> tuple[Ho
     if kind in ATTACKS:
         return ATTACKS[kind](random.Random(f"{kind} {seed}"), size_bytes).processes(until_s)
     return (draw(kind, size_bytes, until_s, seed),)
+
+
+def all_of(kinds: Iterable[tuple[str, int]], until_s: float, seed: int) -> list[tuple[str, HogSettings]]:
+    """The processes of all neighbours of a board, by name; the same ones for a seed.
+
+    Args:
+        kinds: with the most that each takes, in bytes.
+        until_s: seconds for which they are drawn.
+        seed: of the board.
+
+    Raises:
+        UsageError: there is none of a kind.
+    """
+    return [
+        (f"{kind} {number}", process)
+        for number, (kind, size_bytes) in enumerate(kinds, start=1)
+        for process in processes(kind, size_bytes, until_s, 1000 * seed + number)
+    ]
 
 
 def draw_stall(share: float, until_s: float, seed: int) -> list[tuple[float, float]]:

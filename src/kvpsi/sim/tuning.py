@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvpsi.governor.law import LawSettings
-from kvpsi.sim.boards import MIB
+from kvpsi.sim.boards import GIB, MIB
 from kvpsi.sim.controllers import Law
 from kvpsi.sim.engine import LOAD_BYTES_S
 from kvpsi.sim.llms import Speed
-from kvpsi.sim.many import Situation
 from kvpsi.sim.play import Lost, Outcome, play
 from kvpsi.sim.processes import spread
+from kvpsi.sim.situation import Situation
 
+_LAW = LawSettings()
+_HIGH_FACTOR = _LAW.high_for(GIB) / _LAW.low_for(GIB)
 KILL_S = 300.0
 """Charged for a process that was killed: about what starting a model and reading its conversations again takes."""
 
@@ -64,9 +66,10 @@ def mean_cost(costs: Iterable[Cost]) -> Cost:
     return Cost(statistics.fmean(each.later_s for each in found), statistics.fmean(each.whole_s for each in found))
 
 
-def cost_with(situation: Situation, law: Law, seed: int) -> Cost:
-    """The same of one seed played with the law."""
-    return cost_of(situation, play(situation.setup(seed), law))
+def cost_with(situation: Situation, controller: Law, seed: int) -> Cost:
+    """The same of one seed played with a controller. Only its settings count: ``situation.law`` and ``situation.adapt``
+    are ignored."""
+    return cost_of(situation, play(situation.setup(seed), controller))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +77,26 @@ class Choice:
     """Settings that are searched, as `kvpsi.governor.LawSettings` names them; ``high_factor`` is ``high_bytes`` as a
     multiple of ``low_bytes``, and ``step_share`` the largest step, of which the smallest is half."""
 
-    low_bytes: int | None = None
-    high_factor: float = 2.0
-    lookahead_s: float = 0.15
-    step_share: float = 0.20
-    stall_share: float = 0.05
-    calm_hold_s: float = 2.0
-    grow_share: float = 0.05
+    low_bytes: int | None = _LAW.low_bytes
+    high_factor: float = _HIGH_FACTOR
+    lookahead_s: float = _LAW.lookahead_s
+    step_share: float = _LAW.max_step_share
+    stall_share: float = _LAW.stall_share
+    calm_hold_s: float = _LAW.calm_hold_s
+    grow_share: float = _LAW.grow_share
 
     @property
     def law(self) -> LawSettings:
         """The law with these settings; all others are its defaults."""
         return replace(
-            LawSettings(),
+            _LAW,
             low_bytes=self.low_bytes,
             high_bytes=None if self.low_bytes is None else int(self.high_factor * self.low_bytes),
             lookahead_s=self.lookahead_s,
             min_step_share=self.step_share / 2,
             max_step_share=self.step_share,
             stall_share=self.stall_share,
-            hard_stall_share=max(LawSettings().hard_stall_share, self.stall_share),
+            hard_stall_share=max(_LAW.hard_stall_share, self.stall_share),
             calm_hold_s=self.calm_hold_s,
             grow_share=self.grow_share,
         )
@@ -181,7 +184,7 @@ class Search:
         for value in values:
             changed = replace(choice, **{name: value})  # type: ignore[arg-type]
             if changed.low_bytes is None:
-                changed = replace(changed, high_factor=2.0)
+                changed = replace(changed, high_factor=_HIGH_FACTOR)
             elif changed.low_bytes > least_bytes:
                 continue
             yield changed

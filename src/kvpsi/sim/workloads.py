@@ -9,7 +9,7 @@ from kvpsi.hog import HogSettings
 from kvpsi.sim.boards import BOARDS, GIB, MIB, TOUCH_BYTES_S, Board, Swap
 from kvpsi.sim.conversation import Talk
 from kvpsi.sim.llms import LLMS, Llm
-from kvpsi.sim.many import Situation
+from kvpsi.sim.situation import Situation
 
 _SMALL = Llm("135m", 94 * MIB, 23040, 384, runtime_bytes=97 * MIB)
 _LONG = Talk(first_tokens=2000)

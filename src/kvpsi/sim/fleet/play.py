@@ -12,18 +12,20 @@ import numpy as np
 from kvpsi.bench.figures import quantile
 from kvpsi.errors import UsageError
 from kvpsi.pressure.fake import ManualClock
+from kvpsi.sim.controllers import Law, Static
 from kvpsi.sim.fleet.engines import Engines
 from kvpsi.sim.fleet.memories import MODEL, Memories
 from kvpsi.sim.fleet.routers import Router, View, router_named
 from kvpsi.sim.fleet.server import Server, World
 from kvpsi.sim.fleet.situation import GIVE_UP_S, End, Fleet, Request
+from kvpsi.sim.many import SAFE
 
 TICK_S = 0.1
 _AFTER_S = 120.0  # neighbours go on for so long after the last request came
 _QUEUE_TICKS = 5
 
-GOVERNED = "kvpsi"
-CONTROLLERS = (GOVERNED, "safe", "static")
+GOVERNED = Law.name
+CONTROLLERS = (GOVERNED, SAFE, Static.name)
 """Who sizes a board's cache: the law; nobody, but so that it always fits; nobody."""
 
 
@@ -45,7 +47,6 @@ class Outcome:
         sent: all that were sent anywhere.
         stall_share: of the time of all boards, in which something waited for memory.
         events: what was done for single boards: looks, requests sent, answers begun or looked for, neighbours' steps.
-        simulated_s: until all had ended.
     """
 
     controller: str
@@ -66,7 +67,6 @@ class Outcome:
     sent: int
     stall_share: float
     events: int
-    simulated_s: float
 
     def latency_s(self, share: float) -> float:
         """The latency that this share of all answers did not exceed."""
@@ -110,7 +110,7 @@ class Run:
     """
 
     def __init__(self, fleet: Fleet, controller: str, router: Router, seed: int) -> None:
-        n_ctx = fleet.safe_ctx() if controller == "safe" else fleet.n_ctx
+        n_ctx = fleet.safe_ctx() if controller == SAFE else fleet.n_ctx
         if n_ctx < 1:
             raise UsageError(
                 "Even without a cache this model does not fit beside the neighbours at most; take smaller ones."
@@ -319,5 +319,4 @@ class Run:
             sent=self.sent,
             stall_share=math.fsum(self.world.stall_s.tolist()) / boards_s,
             events=self.events + self.world.memories.n_changes,
-            simulated_s=self.world.clock.now_s,
         )

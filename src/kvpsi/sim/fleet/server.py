@@ -11,12 +11,13 @@ from kvpsi.governor import Governor
 from kvpsi.pressure.fake import ManualClock
 from kvpsi.pressure.rates import Slope
 from kvpsi.pressure.reading import Headroom, Reading, Stall, StallLine, Swap
+from kvpsi.serving.step import EVEN_PIECE_TOKENS
 from kvpsi.sim.fleet.engines import Engines
 from kvpsi.sim.fleet.memories import Memories
 from kvpsi.sim.fleet.situation import MOST_ANSWER_TOKENS, Fleet, Floats, Request
 from kvpsi.status import CacheStatus
 
-_LOOKED_AT, _FIRST_TOKEN_WEIGHT, _LEAST_READ_TOKENS = 16, 0.2, 64  # as the real engine has them (serving/engine.py)
+_LOOKED_AT, _FIRST_TOKEN_WEIGHT = 16, 0.2  # as in kvpsi.serving.engine; a test compares them
 _CALM = Stall()
 
 
@@ -74,7 +75,8 @@ class Server:
         self._began_s: dict[int, float] = {}
         self._looked_s, self._stall_s = world.clock.now_s, float(world.stall_s[board])
         self._slope = Slope()
-        self.governor = Governor(self, self, settings=world.fleet.law) if is_governed else None
+        fleet = world.fleet
+        self.governor = Governor(self, self, settings=fleet.law, adapt=fleet.adapt) if is_governed else None
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ class Server:
         """The first token of an answer is there."""
         request = self._request_at(place)
         request.first_s = self._world.clock.now_s
-        n_read = max(_LEAST_READ_TOKENS, request.n_prompt)
+        n_read = max(EVEN_PIECE_TOKENS, request.n_prompt)
         taken_s = (request.first_s - self._began_s[place]) / n_read
         before = self._first_token_s
         self._first_token_s = taken_s if before is None else before + _FIRST_TOKEN_WEIGHT * (taken_s - before)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvpsi.errors import UsageError
+from kvpsi.governor.adapt import AdaptSettings
 from kvpsi.governor.law import LawSettings
 from kvpsi.hog import HogSettings
 from kvpsi.sim import neighbours
@@ -98,6 +99,7 @@ class Fleet:
         parallel, most_waiting, queue_timeout_s: of each server, see `kvpsi serve`.
         poll_s: how often the router asks each board how it is.
         law: constants of kvpsi's law.
+        adapt: bounds within which they follow what each board shows; None: they stay as they are.
     """
 
     n_boards: int
@@ -113,6 +115,7 @@ class Fleet:
     queue_timeout_s: float = 60.0
     poll_s: float = 1.0
     law: LawSettings = field(default_factory=LawSettings)
+    adapt: AdaptSettings | None = None
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind, _ in self.neighbours if kind not in neighbours.KINDS]:
