@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import simpy
 
 from kvpsi.cli.main import main
 from kvpsi.errors import UsageError
-from kvpsi.sim.boards import GIB, MIB
-from kvpsi.sim.llms import LLMS, Llm, llm_named, with_kv_type
-from kvpsi.sim.planning import Fit, Machine, fits, rate_exceeded_with, reserve_for
+from kvpsi.sim.boards import GIB, MIB, Board
+from kvpsi.sim.cache import Conversation, SimCache
+from kvpsi.sim.fleet.engines import Engines
+from kvpsi.sim.floor import Floor
+from kvpsi.sim.llms import LLMS, Llm, Speed, llm_named, with_kv_type
+from kvpsi.sim.memory import Memory
+from kvpsi.sim.planning import Fit, Machine, fits, rate_exceeded_with, reserve_for, room_beside
 
 LLM = Llm("toy", 2 * GIB, 128 * 1024, runtime_bytes=256 * MIB, n_ctx_train=32768)
 
@@ -44,6 +49,21 @@ def test_what_cannot_shrink_below_its_floor_does_not_fit() -> None:
     machine = Machine(3 * GIB, 0, 1 * GIB)
     found = by_kind(fits(LLM, "f16", machine, 1e-3, 4096))
     assert found["static"].context == found["elastic"].context == 0
+
+
+def test_the_floor_is_that_of_the_simulated_caches() -> None:
+    memory = Memory(simpy.Environment(), Board("8G", 8 * GIB))
+    cache = SimCache(memory, memory.group("model"), LLM, 32768, elastic=True)
+    cache.conversations["one"] = Conversation("one", 5000, 5000)
+    engines = Engines(1, 2, 32768, LLM, Speed.on(memory.board, LLM))
+    engines.held[0, 0] = 5000
+    floor = cache.floor_tokens
+    assert floor == engines.floor_tokens()[0] == Floor.of(LLM, cache.settings).of_a_long_one
+    left = GIB // 2
+    beside = room_beside(LLM, Machine(8 * GIB), 1e-3, floor)
+    for neighbours, does_fit in ((beside, True), (beside + 1, False)):
+        elastic = by_kind(fits(LLM, "f16", Machine(8 * GIB, 0, neighbours, neighbours - left), 1e-3, 4096))["elastic"]
+        assert (elastic.context == floor + left // LLM.bytes_per_token) == does_fit == (elastic.context > 0)
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0, -1.0, float("nan")])

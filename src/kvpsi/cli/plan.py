@@ -134,7 +134,7 @@ def _print_table(plans: list[_Plan], wanted: tuple[int, ...]) -> None:
                 llm.name,
                 kv_type,
                 *(_context(fit.context, llm) for fit in (static, elastic)),
-                f"{elastic.context / static.context:.1f}" if static.context else "-",
+                f"{elastic.context / static.context:.1f}" if static.context and elastic.context else "-",
                 *(format_bytes(room) if room >= 0 else "-" for room in rooms),
             )
     Console().print(table)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvpsi.kv import CacheSettings
 from kvpsi.kv.elastic import piece_at_depth
+from kvpsi.sim.floor import Floor
 from kvpsi.sim.llms import Llm
 from kvpsi.sim.memory import Events, Group, Memory
 from kvpsi.status import CacheStatus
@@ -66,6 +67,7 @@ class SimCache:
     ) -> None:
         self.llm, self.n_ctx, self.elastic = llm, n_ctx, elastic
         self.settings = settings or CacheSettings()
+        self._floor = Floor.of(llm, self.settings)
         self.conversations: dict[str, Conversation] = {}
         self.running: Conversation | None = None
         self.loading_tokens = 0
@@ -98,14 +100,13 @@ class SimCache:
     @property
     def protected_tokens(self) -> int:
         """That stay, of one conversation at least: its beginning, its end, and the first and the last turn."""
-        least = self.settings.keep + self.settings.tail
-        of_each = least + 2 * self.settings.turn
-        return max(least, sum(min(each.held, of_each) for each in self.conversations.values()))
+        of_each = self._floor.most_protected
+        return max(self._floor.least_protected, sum(min(each.held, of_each) for each in self.conversations.values()))
 
     @property
     def floor_tokens(self) -> int:
         """Below this it cannot shrink."""
-        return min(self.n_ctx, self.protected_tokens + self.settings.min_prune + self.llm.block_tokens)
+        return min(self.n_ctx, self.protected_tokens + self._floor.spare)
 
     @property
     def allowed_tokens(self) -> int:
@@ -231,8 +232,7 @@ class SimCache:
 
     def _may_forget(self) -> int:
         """Tokens of the conversation that is going on that are not protected."""
-        s = self.settings
-        return max(0, self.running.held - s.keep - s.tail - 2 * s.turn) if self.running is not None else 0
+        return max(0, self.running.held - self._floor.most_protected) if self.running is not None else 0
 
     def _give(self, conversation: Conversation, n_tokens: int) -> None:
         if n_tokens > 0:

@@ -21,12 +21,12 @@ from kvpsi.errors import UsageError
 from kvpsi.governor.law import LawSettings
 from kvpsi.kv import CacheSettings
 from kvpsi.sim.boards import MIB, TOUCH_BYTES_S, Board
+from kvpsi.sim.floor import Floor
 from kvpsi.sim.llms import Llm
 
 RATE_MEDIAN_BYTES_S = 100 * MIB
 RATE_SIGMA = 1.0
 DELAY_S = 0.05
-_BLOCK_TOKENS = 32
 _SAFE_RESERVE_SHARE = 0.05
 
 
@@ -120,8 +120,7 @@ def fits(llm: Llm, kv_type: str, machine: Machine, p_kill: float, session_tokens
     reserve = reserve_for(machine, p_kill)
     alone = room_beside(llm, machine, p_kill, 0)
     beside, quiet = alone - machine.neighbours_bytes, alone - machine.quiet_bytes
-    kept = CacheSettings()
-    floor = llm.cache_bytes(kept.keep + kept.tail + kept.min_prune + _BLOCK_TOKENS)
+    floor = llm.cache_bytes(min(llm.n_ctx_train, Floor.of(llm, CacheSettings()).of_a_long_one))
     found = []
     for kind, cache in (("static", beside), ("elastic", quiet if beside >= floor else 0)):
         tokens = max(0, cache // llm.bytes_per_token)

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvpsi.kv import CacheSettings
 from kvpsi.sim.fleet.situation import Floats
+from kvpsi.sim.floor import Floor
 from kvpsi.sim.llms import Llm, Speed
 
 _PIECE_TOKENS, _SHORT_PIECE_TOKENS = 512.0, 64.0
@@ -57,6 +58,7 @@ class Engines:
     ) -> None:
         self.n_ctx, self.parallel, self.llm, self.speed = n_ctx, parallel, llm, speed
         self.settings = settings or CacheSettings()
+        self._floor = Floor.of(llm, self.settings)
         shape = (n_boards, parallel)
         self.request = np.full(shape, FREE, dtype=np.int64)
         self.to_read, self.to_write, self.held = np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -73,11 +75,10 @@ class Engines:
         return np.asarray(self.held.sum(axis=1))
 
     def floor_tokens(self) -> Floats:
-        """Below this no cache can shrink, see `kvpsi.sim.cache.SimCache`."""
-        s = self.settings
-        least = s.keep + s.tail
-        kept = np.maximum(least, np.minimum(self.held, least + 2 * s.turn).sum(axis=1))
-        return np.asarray(np.minimum(self.n_ctx, kept + s.min_prune + self.llm.block_tokens))
+        """Below this no cache can shrink, see `kvpsi.sim.floor`."""
+        floor = self._floor
+        kept = np.maximum(floor.least_protected, np.minimum(self.held, floor.most_protected).sum(axis=1))
+        return np.asarray(np.minimum(self.n_ctx, kept + floor.spare))
 
     def allowed_tokens(self, floor_tokens: Floats) -> Floats:
         """That each may hold now."""
@@ -147,9 +148,9 @@ class Engines:
 
     def forget(self, board: int, place: int, n_tokens: float) -> int:
         """Forget so many tokens of an answer or a little more, as far as they are not protected; how many."""
-        s, block = self.settings, self.llm.block_tokens
-        may_go = int(self.held[board, place]) - s.keep - s.tail - 2 * s.turn
-        gone = max(0, min(may_go, -(-int(max(n_tokens, s.min_prune)) // block) * block))
+        block = self.llm.block_tokens
+        may_go = int(self.held[board, place]) - self._floor.most_protected
+        gone = max(0, min(may_go, -(-int(max(n_tokens, self.settings.min_prune)) // block) * block))
         self.held[board, place] -= gone
         self.forgotten[board] += gone
         self.given_tokens[board] += gone
