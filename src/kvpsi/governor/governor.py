@@ -14,7 +14,8 @@ from kvpsi.status import CacheStatus
 
 
 class Governed(Protocol):
-    """What a governor needs from a cache; `kvpsi.kv.ElasticCache` and `kvpsi.kv.RebuiltCache` are such."""
+    """What a governor needs from a cache. All of `kvpsi.kv` that derive from `GatedCache` have it, a server's memory
+    (`kvpsi.serving.memory.CacheMemory`), and the simulated caches (`kvpsi.sim`)."""
 
     def status(self) -> CacheStatus:
         """Sizes as of now; callable from any thread."""
