@@ -92,7 +92,7 @@ def test_whatever_is_seen_the_bounds_hold(seen: list[tuple[Reading, CacheStatus]
 @given(ticks())
 def test_what_was_given_stays(seen: list[tuple[Reading, CacheStatus]]) -> None:
     mine = LawSettings(64 * MIB, 80 * MIB, 0.2, 0.01, 0.3, stall_share=0.1, calm_share=0.02, grow_share=0.5)
-    fixed, state = AdaptSettings(fixed=frozenset({"calm_hold_s"})), AdaptState()
+    fixed, state = AdaptSettings(fixed=("calm_hold_s",)), AdaptState()
     for reading, cache in seen:
         law, state = adapt(reading, cache, state, mine, fixed)
         assert law == mine
@@ -219,7 +219,7 @@ def test_a_hard_stall_that_was_given_bounds_the_threshold() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"fixed": frozenset({"reserve"})},
+        {"fixed": ("reserve",)},
         {"rise_s": float("nan")},
         {"settled_s": 0.0},
         {"least_reserve_bytes": 2 * GIB},

@@ -157,7 +157,7 @@ def test_the_command_prints_each_model_and_figures(capsys: pytest.CaptureFixture
     words += ["--neighbours", "bursts:60M", "--seeds", "2", "--seconds", "15", "-j", "1"]
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert [(line["model"], line["weight"]) for line in document["table"]] == [
+    assert [(line["name"], line["weight"]) for line in document["table"]] == [
         ("model 1", 1.0),
         ("model 2", 2.0),
         ("model 3", 1.0),

@@ -75,7 +75,7 @@ def test_what_is_found_can_be_set_with_the_options_of_serve() -> None:
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert law_settings(given["--reserve"], given["--regrow-above"], law=given["--law"]) == choice.law
     assert options_of(Choice()) == ""
-    assert adapt_settings(True, "grow_share=0.2") == AdaptSettings(fixed=frozenset({"grow_share"}))
+    assert adapt_settings(True, "grow_share=0.2") == AdaptSettings(fixed=("grow_share",))
     assert adapt_settings(False, "") is None
 
 

@@ -168,7 +168,8 @@ def _machines(boards: str, memory: str, system: str, neighbours: str, quiet: str
 def _names(text: str, every: tuple[str, ...]) -> list[str]:
     if text == "all":
         return list(every)
-    return [text] if os.path.lexists(text) else [name.strip() for name in text.split(",")]
+    names = [text] if os.path.lexists(text) else [name.strip() for name in text.split(",")]
+    return [each for name in names if name for each in (every if name == "all" else (name,))] or [text]
 
 
 def _wanted(text: str) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def adapt_settings(adapt: bool, law: str) -> AdaptSettings | None:
     """What --adapt asks for; what --law names stays as it is."""
     from kvpsi.governor import AdaptSettings
 
-    return AdaptSettings(fixed=frozenset(_constants(law))) if adapt else None
+    return AdaptSettings(fixed=tuple(_constants(law))) if adapt else None
 
 
 def _constants(law: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -13,11 +13,21 @@ import typer
 from kvpsi.cli import fleet as fleets
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
-from kvpsi.cli.settings import law_settings
-from kvpsi.cli.situation import board_of, check_counts, neighbours_in, told, trace_in
+from kvpsi.cli.settings import adapt_settings, law_settings
+from kvpsi.cli.situation import (
+    DEFAULT_NEIGHBOURS,
+    board_of,
+    check_counts,
+    given_in,
+    neighbours_in,
+    remarks_on,
+    told,
+    trace_in,
+)
 from kvpsi.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvpsi.sim.play import Outcome
     from kvpsi.sim.situation import Situation
     from kvpsi.sim.validation import Compared
 
@@ -42,15 +52,16 @@ _FOR_RECORDED = {"validate", "model", "json"}
 
 def simulate(
     context: typer.Context,
-    board: Annotated[str, typer.Option("--board", help="A preset; --memory instead gives any size.")] = "vps-4gb",
-    memory: Annotated[str, typer.Option("--memory", help="Of the board, such as 600M.")] = "",
+    board: Annotated[str, typer.Option("--board", help="A preset; vps-4gb, if there is no --memory either.")] = "",
+    memory: Annotated[str, typer.Option("--memory", help="Of any other board, or a cgroup: 600M.")] = "",
+    system: Annotated[str, typer.Option("--system", help="What kernel and services have of --memory: 500M.")] = "0",
     swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")] = "3b",
     kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")] = "f16",
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")] = 16384,
     neighbours: Annotated[
-        str, typer.Option("--neighbours", help="Kinds with the most that each takes.")
-    ] = "camera:500M,browser:400M",
+        str, typer.Option("--neighbours", help="Kinds with the most that each takes; none with a --trace.")
+    ] = DEFAULT_NEIGHBOURS,
     trace: Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")] = None,
     controllers: Annotated[str, typer.Option("--controllers", help="Whom to compare.")] = (
         "safe,static,avg10,headroom,offload,kvpsi"
@@ -68,6 +79,7 @@ def simulate(
     forget_rate: Annotated[str, typer.Option("--forget-rate", help="Most to forget a minute: 64M; 0; auto.")] = "auto",
     forget_burst: Annotated[str, typer.Option("--forget-burst", help="Most to forget at once: 64M; auto.")] = "auto",
     law: Annotated[str, typer.Option("--law", help="Other constants of kvpsi's law: calm_hold_s=1.")] = "",
+    adapt: Annotated[bool, typer.Option("--adapt/--no-adapt", help="Have kvpsi's law learn from the board.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
     validate: Annotated[
@@ -87,13 +99,18 @@ def simulate(
     from kvpsi.sim.many import SAFE, controllers_in, figures, play_all, row
     from kvpsi.sim.situation import Situation
 
-    given = {name for name in context.params if _is_given(context, name)}
+    given = given_in(context)
     _refuse_what_does_not_fit(given, _mode(given))
     if validate:
         _validate(validate, model, as_json=json)
         return
     check_counts(seeds, jobs)
-    law_constants = law_settings(reserve, regrow_above, forget_rate, forget_burst, law)
+    machine = board_of(board, memory, system if "system" in given else "", swap)
+    beside = neighbours_in("" if trace is not None and "neighbours" not in given else neighbours)
+    law_constants, learning = (
+        law_settings(reserve, regrow_above, forget_rate, forget_burst, law),
+        adapt_settings(adapt, law),
+    )
     if "fleet" in given:
         from kvpsi.sim.fleet.situation import Fleet
 
@@ -101,15 +118,16 @@ def simulate(
         fleets.simulate_fleet(
             Fleet(
                 fleet,
-                board_of(board, memory, swap),
+                machine,
                 llm_named(model, kv_type),
                 ctx,
-                neighbours_in(neighbours),
+                beside,
                 Talk(first_tokens=first_tokens),
                 load=load,
                 seconds=seconds,
                 poll_s=poll_s,
                 law=law_constants,
+                adapt=learning,
             ),
             _names(controllers) if "controllers" in given else ["kvpsi"],
             _names(routers),
@@ -119,20 +137,21 @@ def simulate(
         )
         return
     situation = Situation(
-        board=board_of(board, memory, swap),
+        board=machine,
         llm=llm_named(model, kv_type),
         n_ctx=ctx,
-        neighbours=neighbours_in(neighbours),
+        neighbours=beside,
         trace=trace_in(trace),
         talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
         seconds=seconds,
         law=law_constants,
+        adapt=learning,
     )
     if "models" in given:
         _together(situation, models, weights, priorities, range(seed, seed + seeds), jobs or None, as_json=json)
         return
     names = controllers_in(_names(controllers))
-    problems = []
+    problems = remarks_on(situation)
     if SAFE in names and situation.safe_ctx() < 1:
         problems.append("Nothing is safe: beside the neighbours at their most this model does not fit without a cache.")
         names = tuple(name for name in names if name != SAFE)
@@ -141,6 +160,7 @@ def simulate(
     folder = usable_folder(out_dir)
     with status_on_stderr() as say:
         found = play_all(situation, names, range(seed, seed + seeds), jobs or None, say)
+    problems += [f"With {name} no answer was begun; give more --seconds." for name in _silent(found)]
     rate_s = situation.forget_tokens_s
     rows = [row(name, outcomes, rate_s) for name, outcomes in found.items()]
     document: dict[str, Any] = {
@@ -168,11 +188,6 @@ def simulate(
     _print(rows)
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _mode(given: set[str]) -> str:
     """What is simulated.
 
@@ -195,6 +210,15 @@ def _refuse_what_does_not_fit(given: set[str], mode: str) -> None:
         fits = sorted({f"--{each}" for name in wrong for each in _ONLY_FOR[name]})
         raise UsageError(f"{options} cannot be used without {' or '.join(fits)}; give that, too.")
     raise UsageError(f"{options} cannot be used with --{mode}; leave one or the other out.")
+
+
+def _silent(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """Controllers with which nothing was written, though nobody was killed."""
+    return [
+        name
+        for name, outcomes in found.items()
+        if not any(each.written_tokens or "model" in each.killed for each in outcomes)
+    ]
 
 
 def _names(text: str) -> list[str]:
@@ -250,7 +274,7 @@ def _together(
         _numbers("--priorities", priorities, int),
     )
     drawn.together(seeds[0])  # complains of what cannot be before any of it is played
-    problems = []
+    problems = remarks_on(situation)
     if drawn.least_bytes + situation.most_beside_bytes > situation.board.memory_bytes:
         problems.append("Even without caches so many models do not fit beside the neighbours at their most.")
     outcomes = []
@@ -258,6 +282,8 @@ def _together(
         for outcome in spread(play_drawn, [(drawn, seed) for seed in seeds], n_jobs):
             outcomes.append(outcome)
             say(f"simulating, {len(outcomes)} of {len(seeds)}")
+    if not any(outcome.short_share for outcome in outcomes):
+        problems.append("Memory was never short, so that nothing was shared; give less --memory, or larger contexts.")
     rows = [row(each[0].name, each) for each in zip(*(outcome.tenants for outcome in outcomes), strict=True)]
     show(
         {

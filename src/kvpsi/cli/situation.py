@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import typer
+
 from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes, parse_bytes
 
@@ -14,7 +16,10 @@ if TYPE_CHECKING:
     from kvpsi.hog import HogSettings
     from kvpsi.sim.boards import Board, Swap
     from kvpsi.sim.llms import Llm
+    from kvpsi.sim.situation import Situation
 
+DEFAULT_BOARD = "vps-4gb"
+DEFAULT_NEIGHBOURS = "camera:500M,browser:400M"
 _MOST_SEEDS = 100_000
 
 
@@ -35,13 +40,19 @@ def told(board: Board, llm: Llm) -> str:
     )
 
 
-def board_of(name: str, memory: str, swap: str) -> Board:
-    """What --board, --memory and --swap ask for."""
+def board_of(name: str, memory: str, system: str, swap: str) -> Board:
+    """What --board or --memory and --system, and --swap ask for."""
     from kvpsi.sim.boards import Board, board_named
 
-    board = board_named(name)
+    if name and memory:
+        raise UsageError("--board has its memory, and --memory is a board of its own; leave one of them out.")
+    if system and not memory:
+        raise UsageError("--system is for a board of --memory; the presets know what their systems have.")
     if memory:
-        board = Board("board", parse_bytes(memory), scope="cgroup:board")
+        n_bytes, system_bytes = parse_bytes(memory), 0 if system in ("", "0") else parse_bytes(system)
+        board = Board("board", n_bytes, system_bytes, scope="cgroup:board")
+    else:
+        board = board_named(name or DEFAULT_BOARD)
     if swap:
         board = dataclasses.replace(board, swap=_swap(swap, board.memory_bytes))
     return board
@@ -50,9 +61,26 @@ def board_of(name: str, memory: str, swap: str) -> Board:
 def _swap(text: str, memory_bytes: int) -> Swap | None:
     from kvpsi.sim.boards import Swap
 
-    if text == "none":
+    if text in ("none", "0"):
         return None
     return Swap(memory_bytes // 2 if text == "zram" else parse_bytes(text))
+
+
+def given_in(context: typer.Context) -> set[str]:
+    """Names of the options that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def remarks_on(situation: Situation) -> list[str]:
+    """What cannot work, as sentences."""
+    board, llm = situation.board, situation.llm
+    if board.system_bytes + llm.weights_bytes + llm.runtime_bytes > board.memory_bytes:
+        return [
+            f"{llm.name} does not fit on this board even alone: {format_bytes(llm.weights_bytes)} of weights and "
+            f"{format_bytes(llm.runtime_bytes)} of runtime; take a smaller model, or more memory."
+        ]
+    return []
 
 
 def neighbours_in(text: str) -> tuple[tuple[str, int], ...]:

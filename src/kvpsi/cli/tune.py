@@ -10,23 +10,36 @@ import typer
 
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr
 from kvpsi.cli.output import print_json
-from kvpsi.cli.situation import board_of, check_counts, neighbours_in, told, trace_in
+from kvpsi.cli.situation import (
+    DEFAULT_NEIGHBOURS,
+    board_of,
+    check_counts,
+    given_in,
+    neighbours_in,
+    remarks_on,
+    told,
+    trace_in,
+)
 from kvpsi.errors import UsageError
 
 if TYPE_CHECKING:
     from kvpsi.sim.tuning import Choice
 
+_WITH_COMPARE = {"seeds", "checks", "seed", "jobs", "compare", "json"}
+
 
 def tune(
-    board: Annotated[str, typer.Option("--board", help="A preset; --memory instead gives any size.")] = "vps-4gb",
-    memory: Annotated[str, typer.Option("--memory", help="Of the board, such as 600M.")] = "",
+    context: typer.Context,
+    board: Annotated[str, typer.Option("--board", help="A preset; vps-4gb, if there is no --memory either.")] = "",
+    memory: Annotated[str, typer.Option("--memory", help="Of any other board, or a cgroup: 600M.")] = "",
+    system: Annotated[str, typer.Option("--system", help="What kernel and services have of --memory: 500M.")] = "0",
     swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")] = "3b",
     kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")] = "f16",
     ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")] = 16384,
     neighbours: Annotated[
-        str, typer.Option("--neighbours", help="Kinds with the most that each takes.")
-    ] = "camera:500M,browser:400M",
+        str, typer.Option("--neighbours", help="Kinds with the most that each takes; none with a --trace.")
+    ] = DEFAULT_NEIGHBOURS,
     trace: Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="To tune with.")] = 4,
     checks: Annotated[int, typer.Option("--checks", help="Other seeds, to check what was found.")] = 10,
@@ -47,7 +60,11 @@ def tune(
     if checks < 1:
         raise UsageError(f"--checks {checks} makes no sense; give 1 or more.")
     tuning_seeds, test_seeds = range(seed, seed + seeds), range(seed + seeds, seed + seeds + checks)
+    given = given_in(context)
     if compare:
+        if wrong := sorted(given - _WITH_COMPARE):
+            options = ", ".join("--" + name.replace("_", "-") for name in wrong)
+            raise UsageError(f"{options} cannot be used with --compare, which has its own boards; leave one out.")
         _compare(tuning_seeds, test_seeds, jobs or None, as_json=json)
         return
     from kvpsi.governor.adapt import AdaptSettings
@@ -59,14 +76,16 @@ def tune(
     from kvpsi.sim.tuning import Choice, Search
 
     situation = Situation(
-        board=board_of(board, memory, swap),
+        board=board_of(board, memory, system if "system" in given else "", swap),
         llm=llm_named(model, kv_type),
         n_ctx=ctx,
-        neighbours=neighbours_in(neighbours),
+        neighbours=neighbours_in("" if trace is not None and "neighbours" not in given else neighbours),
         trace=trace_in(trace),
         talk=Talk(n_conversations=conversations, first_tokens=first_tokens, think_s=think_s),
         seconds=seconds,
     )
+    if remarks := remarks_on(situation):
+        raise UsageError(remarks[0])
     with status_on_stderr() as say:
         search = Search([situation], tuning_seeds, jobs or None, say)
         best = search.run()
@@ -96,6 +115,8 @@ def tune(
     )
     if best.choice == Choice():
         print(f"None of the {len(search.tried)} settings that were tried is better than the defaults.")
+        if not checked["default"]:
+            print("Nothing was lost with them: memory was never short. Give larger --neighbours, or more --seconds.")
     elif checked["tuned"] >= checked["default"]:
         print("What was best when tuning is no better on other seeds: keep the defaults, or give more --seeds.")
     else:

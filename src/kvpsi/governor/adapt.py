@@ -43,7 +43,7 @@ class AdaptSettings:
         least_patience: bound of the factor by which it waits less long before it grows, and grows faster.
     """
 
-    fixed: frozenset[str] = frozenset()
+    fixed: tuple[str, ...] = ()
     least_reserve_bytes: int = 24 * MIB
     most_reserve_bytes: int = 512 * MIB
     untried_reserve_bytes: int = 48 * MIB
@@ -61,7 +61,7 @@ class AdaptSettings:
     least_patience: float = 0.05
 
     def __post_init__(self) -> None:
-        unknown = self.fixed - set(LawSettings.__dataclass_fields__)
+        unknown = set(self.fixed) - set(LawSettings.__dataclass_fields__)
         if unknown:
             raise UsageError(f"The law has no setting {', '.join(sorted(unknown))}; name one of `LawSettings`.")
         times_s = (self.settled_s, self.longest_s, self.rise_s, self.fall_s)

@@ -9,6 +9,8 @@ from kvpsi.errors import UsageError
 from kvpsi.pressure._text import MalformedTextError
 from kvpsi.units import parse_bytes
 
+_MOST_BYTES = 64 << 20
+
 
 def read_trace(path: Path) -> tuple[tuple[float, int], ...]:
     """A trace from a text file: lines of ``seconds,size`` in order of time, such as ``1.5,300M``; # starts a comment.
@@ -17,9 +19,15 @@ def read_trace(path: Path) -> tuple[tuple[float, int], ...]:
         UsageError: the file cannot be read, or a line is not of this form; names the line.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"The trace {path} is no regular file; name a text file with lines `seconds,size`.")
+        if path.stat().st_size > _MOST_BYTES:
+            raise UsageError(f"The trace {path} is larger than {_MOST_BYTES >> 20} MiB; leave out some of its lines.")
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The trace {path} cannot be read ({error}).") from error
+    except OSError as error:
+        raise UsageError(f"The trace {path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The trace {path} is no text; it has lines `seconds,size`, such as 1.5,300M.") from error
     points: list[tuple[float, int]] = []
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
@@ -27,9 +35,12 @@ def read_trace(path: Path) -> tuple[tuple[float, int], ...]:
             continue
         time_text, _, size_text = text.partition(",")
         try:
-            time_s = float(time_text)
+            try:
+                time_s = float(time_text)
+            except ValueError:
+                raise MalformedTextError(f"{time_text.strip()!r} is no number of seconds") from None
             if not 0 <= time_s < 1e6 or (points and time_s < points[-1][0]):
-                raise MalformedTextError("times go up from 0")
+                raise MalformedTextError("times go up from 0, to a million at most")
             size = size_text.strip()
             points.append((time_s, 0 if size in ("0", "0M") else parse_bytes(size)))
         except (ValueError, UsageError) as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvpsi.errors import ModelFileError, UsageError
 from kvpsi.kv.layout import block_cells_of
-from kvpsi.models import read_header
+from kvpsi.models import MODELS, read_header
 from kvpsi.sim.boards import MIB, Board
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
@@ -114,8 +115,14 @@ def llm_named(name: str, kv_type: str = "f16") -> Llm:
         ModelFileError: there is no such model, or it does not say how large its cache is.
         UsageError: the type of the cache is not known.
     """
-    if name in LLMS:
-        return with_kv_type(LLMS[name], kv_type)
+    if name.lower() in LLMS:
+        return with_kv_type(LLMS[name.lower()], kv_type)
+    if not name.strip():
+        raise UsageError(f"A model has a name: {', '.join(LLMS)}, or as for `kvpsi pull`.")
+    if not ("/" in name or name.endswith(".gguf") or name in ("default", *MODELS) or os.path.lexists(name)):
+        raise ModelFileError(
+            f"There is no model {name!r}: presets are {', '.join(LLMS)}; or name one as for `kvpsi pull`."
+        )
     info = read_header(name)
     if info.is_recurrent:
         raise ModelFileError(f"{name} keeps a recurrent state instead of tokens in a cache; name another model.")
