@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +12,6 @@ from kvpsi.errors import UsageError
 from kvpsi.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvpsi.hog import HogSettings
     from kvpsi.sim.boards import Board, Swap
     from kvpsi.sim.llms import Llm
@@ -21,6 +20,24 @@ if TYPE_CHECKING:
 DEFAULT_BOARD = "vps-4gb"
 DEFAULT_NEIGHBOURS = "camera:500M,browser:400M"
 _MOST_SEEDS = 100_000
+
+BoardOption = Annotated[str, typer.Option("--board", help="A preset; vps-4gb, if there is no --memory either.")]
+MemoryOption = Annotated[str, typer.Option("--memory", help="Of any other board, or a cgroup: 600M.")]
+SystemOption = Annotated[str, typer.Option("--system", help="What kernel and services have of --memory: 500M.")]
+SwapOption = Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")]
+KvTypeOption = Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")]
+CtxOption = Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")]
+NeighboursOption = Annotated[
+    str, typer.Option("--neighbours", help="Kinds with the most that each takes; none with a --trace.")
+]
+TraceOption = Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")]
+SecondsOption = Annotated[float, typer.Option("--seconds", help="That are simulated of each.")]
+ConversationsOption = Annotated[int, typer.Option("--conversations", help="That go on at the same time.")]
+FirstTokensOption = Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")]
+ThinkOption = Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="The first of the seeds.")]
+JobsOption = Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")]
 
 
 def check_counts(seeds: int, jobs: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,21 @@ from kvpsi.cli.bench.show import in_words, show, status_on_stderr
 from kvpsi.cli.output import print_json
 from kvpsi.cli.situation import (
     DEFAULT_NEIGHBOURS,
+    BoardOption,
+    ConversationsOption,
+    CtxOption,
+    FirstTokensOption,
+    JobsOption,
+    KvTypeOption,
+    MemoryOption,
+    ModelOption,
+    NeighboursOption,
+    SecondsOption,
+    SeedOption,
+    SwapOption,
+    SystemOption,
+    ThinkOption,
+    TraceOption,
     board_of,
     check_counts,
     given_in,
@@ -30,25 +44,23 @@ _WITH_COMPARE = {"seeds", "checks", "seed", "jobs", "compare", "json"}
 
 def tune(
     context: typer.Context,
-    board: Annotated[str, typer.Option("--board", help="A preset; vps-4gb, if there is no --memory either.")] = "",
-    memory: Annotated[str, typer.Option("--memory", help="Of any other board, or a cgroup: 600M.")] = "",
-    system: Annotated[str, typer.Option("--system", help="What kernel and services have of --memory: 500M.")] = "0",
-    swap: Annotated[str, typer.Option("--swap", help="none, zram (half of the memory), or its size.")] = "",
-    model: Annotated[str, typer.Option("--model", "-m", help="1b, 3b, 7b, 8b, 13b, or as for `kvpsi pull`.")] = "3b",
-    kv_type: Annotated[str, typer.Option("--kv-type", help="f16 or q8_0.")] = "f16",
-    ctx: Annotated[int, typer.Option("--ctx", "-c", help="Tokens of the cache.")] = 16384,
-    neighbours: Annotated[
-        str, typer.Option("--neighbours", help="Kinds with the most that each takes; none with a --trace.")
-    ] = DEFAULT_NEIGHBOURS,
-    trace: Annotated[Path | None, typer.Option("--trace", help="A neighbour: lines of seconds,size.")] = None,
+    board: BoardOption = "",
+    memory: MemoryOption = "",
+    system: SystemOption = "0",
+    swap: SwapOption = "",
+    model: ModelOption = "3b",
+    kv_type: KvTypeOption = "f16",
+    ctx: CtxOption = 16384,
+    neighbours: NeighboursOption = DEFAULT_NEIGHBOURS,
+    trace: TraceOption = None,
     seeds: Annotated[int, typer.Option("--seeds", help="To tune with.")] = 4,
     checks: Annotated[int, typer.Option("--checks", help="Other seeds, to check what was found.")] = 10,
-    seconds: Annotated[float, typer.Option("--seconds", help="That are simulated of each.")] = 120.0,
-    conversations: Annotated[int, typer.Option("--conversations", help="That go on at the same time.")] = 2,
-    first_tokens: Annotated[int, typer.Option("--first-tokens", help="Of a conversation's first prompt, mean.")] = 2000,
-    think_s: Annotated[float, typer.Option("--think-s", help="Between two questions, mean.")] = 4.0,
-    seed: Annotated[int, typer.Option("--seed", help="The first of the seeds.")] = 1,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes at once; 0: one for each processor.")] = 0,
+    seconds: SecondsOption = 120.0,
+    conversations: ConversationsOption = 2,
+    first_tokens: FirstTokensOption = 2000,
+    think_s: ThinkOption = 4.0,
+    seed: SeedOption = 1,
+    jobs: JobsOption = 0,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Compare fixed settings and learned ones on kvpsi's own workloads instead."),
