@@ -22,7 +22,10 @@ ctypes.CDLL = load_by_name
 import pkgutil, importlib, kvpsi
 for module in pkgutil.walk_packages(kvpsi.__path__, "kvpsi."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as missing:
+            assert missing.name == "vllm" and module.name.startswith("kvpsi.engines.vllm."), missing
 from kvpsi.pressure import open_source
 assert open_source().read().headroom.available_bytes > 0
 """

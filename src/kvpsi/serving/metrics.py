@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvpsi.serving.status import Status, StatusSource
+from kvpsi.serving.status import MemoryStatus, Status, StatusSource
 
 _TIME_TO_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -51,7 +51,7 @@ class StatusCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
         s = self._source()
-        for name, text, value in _counters(s):
+        for name, text, value in (*_counters(s), *memory_counters(s)):
             yield self._labelled(CounterMetricFamily(name, text), s, value)
         finished = CounterMetricFamily(
             "vllm:request_success", "Answers by how they ended.", labels=["model_name", "finished_reason"]
@@ -71,8 +71,27 @@ class StatusCollector(Collector):
         for reason, n_requests in s.rejected.items():
             rejected.add_metric([reason], n_requests)
         yield rejected
-        for name, text, value in _gauges(s):
+        for name, text, value in (*_gauges(s), *memory_gauges(s)):
             yield self._labelled(GaugeMetricFamily(name, text), s, value)
+
+
+def memory_counters(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
+    """Name, description and value of what every engine counts."""
+    yield "kvpsi_releases", "How often cache memory went back to the system.", s.releases
+    yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
+    yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
+
+
+def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
+    """Name, description and value of what every engine has now."""
+    yield "kvpsi_kv_virtual_bytes", "The whole cache, as the stock engine would hold it.", s.capacity_bytes
+    yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
+    yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
+    yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
+    yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
+    yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
+    yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
+    yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)
 
 
 def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
@@ -89,10 +108,8 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_requests_finished", "Answers that came to their end.", s.finished
     yield "kvpsi_requests_failed", "Requests that ended with an error after they were taken.", s.failed
     yield "kvpsi_requests_cancelled", "Requests whose client went away.", s.cancelled
-    yield "kvpsi_releases", "How often cache memory went back to the system.", s.releases
     yield "kvpsi_trims", "How often tokens of live conversations were forgotten.", s.trims
     yield "kvpsi_interrupts", "How often a running decode was stopped to make room.", s.interrupts
-    yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
     yield "kvpsi_forgotten_tokens", "Tokens that were forgotten.", s.forgotten_tokens
     yield "kvpsi_healed_tokens", "Forgotten tokens that were read again while nobody waited.", s.healed_tokens
     yield "kvpsi_healing_seconds", "Time that this took.", s.healing_s
@@ -105,7 +122,6 @@ def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
         s.parking_failures,
     )
     yield "kvpsi_thread_changes", "How often more or fewer threads began to compute.", s.thread_changes
-    yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
 
 
 def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
@@ -116,10 +132,6 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "vllm:num_requests_running", "Answers that are being generated.", s.running
     yield "vllm:num_requests_waiting", "Requests that wait.", s.waiting
     yield "vllm:kv_cache_usage_perc", "Share (0 to 1) of the cache in use.", s.used_bytes / max(1, s.capacity_bytes)
-    yield "kvpsi_kv_virtual_bytes", "The whole cache, as stock llama.cpp would hold it.", s.capacity_bytes
-    yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
-    yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
-    yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
     yield (
         "kvpsi_may_hold_bytes",
         "What this model may hold beside others; 0: it is alone.",
@@ -131,12 +143,9 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_parked_sessions", "Conversations that are in a file only.", s.sessions_parked
     yield "kvpsi_parked_bytes", "Files of these.", s.parked_bytes
     yield "kvpsi_spilled_bytes", "All files, also of conversations that are in memory as well.", s.spilled_bytes
-    yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
-    yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
     yield "kvpsi_cpu_pressure", "Share of the last tick in which something waited for a processor.", s.cpu_pressure
     yield "kvpsi_io_pressure", "Share of the last tick in which something waited for a disk.", s.io_pressure
     yield "kvpsi_threads", "Threads that compute.", s.threads
-    yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
     yield "kvpsi_promised_requests", "Requests that were told when to come again, and have not come yet.", s.promises
     yield "kvpsi_reserve_bytes", "Headroom that is kept free for others.", s.reserve_bytes
     yield "kvpsi_regrow_above_bytes", "Headroom from which on the cache may grow back.", s.regrow_bytes
@@ -146,4 +155,3 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_regrow_hold_seconds", "Calm that must have lasted before the cache grows back.", s.calm_hold_s
     yield "kvpsi_regrow_share", "Share of the whole cache that it then grows by in a second.", s.grow_share
     yield "kvpsi_adapts", "Whether these follow what the machine shows.", float(s.adapts)
-    yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)

@@ -1,0 +1,1 @@
+"""A plugin for vLLM on processors: its KV blocks give memory back when others need it."""

@@ -1,0 +1,356 @@
+"""Which of vLLM's KV blocks may be used, which hold memory, and which go back: what a governor governs.
+
+A block is in one of these states:
+
+- *in use* by a request;
+- *cached*: free, with keys and values that another request may ask for again;
+- *idle*: free, nothing of use in it, but it was written to and holds memory;
+- *empty*: free, without memory. It costs nothing, so it stays in vLLM's pool;
+- *out*: taken out of the pool, without memory, so that vLLM cannot use it;
+- *leaving*: taken out, and its memory is being given back.
+
+The limit bounds the blocks in the pool, as vLLM may write to any of them. Nothing is forgotten by any of this: vLLM
+computes again what it asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvpsi.engines.vllm.layout import Run
+from kvpsi.errors import EnvironmentProblem
+from kvpsi.instrument import Instrument, guarded
+from kvpsi.status import CacheStatus
+
+log = logging.getLogger("vllm.kvpsi")
+_LOOK_S = 1.0
+
+
+class Block(Protocol):
+    """vLLM's ``KVCacheBlock``."""
+
+    @property
+    def block_id(self) -> int: ...
+    @property
+    def block_hash(self) -> Any: ...
+
+
+class FreeQueue(Protocol):
+    """vLLM's ``FreeKVCacheBlockQueue``."""
+
+    def get_all_free_blocks(self) -> Sequence[Any]:
+        """What will be used or evicted first comes first."""
+        ...
+
+
+class Pool(Protocol):
+    """What is asked of vLLM's ``BlockPool``; block 0 is never used."""
+
+    num_gpu_blocks: int
+
+    @property
+    def free_block_queue(self) -> Any: ...
+    def get_num_free_blocks(self) -> int: ...
+    def touch(self, blocks: Sequence[Any]) -> None:
+        """Count one more user for each block; one that was free is not any more."""
+        ...
+
+    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
+        """Count one user less."""
+        ...
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Forget what is cached in them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonSettings:
+    """Sizes and times.
+
+    Attributes:
+        block_bytes: of one block, over all layers and workers.
+        floor_blocks: fewer are never in the pool: with less than the longest request needs vLLM would preempt it and
+            begin again for ever.
+        most_blocks: more are never; None: all.
+        idle_s: an idle block holds its memory for so long, as it may soon be used again.
+        silence_s: if the governor is not heard of for so long, all blocks are put back.
+    """
+
+    block_bytes: int
+    floor_blocks: int
+    most_blocks: int | None = None
+    idle_s: float = 2.0
+    silence_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRelease:
+    """Blocks whose memory went back: ``returned_bytes`` were in memory before (mincore) and are not any more."""
+
+    blocks: int
+    returned_bytes: int
+    seconds: float
+
+
+class Balloon:
+    """Keeps the blocks of one pool within a limit.
+
+    ``lock`` guards the pool: whoever uses it, vLLM's scheduler first of all, holds it meanwhile. It is never held while
+    memory is given back, nor while the model computes.
+
+    Args:
+        pool: vLLM's.
+        settings: sizes and times.
+        release: gives back the memory of runs of blocks and returns when it is done; EnvironmentProblem if it is not,
+            and nothing is being done about it any more.
+        instrument: sees what was given, as ``release``.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: BalloonSettings,
+        release: Callable[[list[Run]], int],
+        *,
+        instrument: Instrument | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.settings = settings
+        self.instrument = guarded(instrument)
+        self.n_blocks = pool.num_gpu_blocks - 1
+        self.failure: str | None = None
+        self.returned_bytes = 0
+        self.releases = 0
+        self._pool, self._release, self._clock = pool, release, clock
+        self._most = min(self.n_blocks, settings.most_blocks or self.n_blocks)
+        self._floor = min(settings.floor_blocks, self.n_blocks)
+        self._most = max(self._most, self._floor)
+        self._allowed = self._most
+        self._resident = set(range(1, pool.num_gpu_blocks))  # vLLM writes zeros over everything when it starts
+        self._idle_since_s = dict.fromkeys(self._resident, -math.inf)
+        self._out: dict[int, Block] = {}
+        self._leaving: dict[int, Block] = {}
+        self._settling = threading.Lock()
+        self._heard_s: float | None = None
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvpsi-balloon", daemon=True)
+
+    # What a governor asks for
+
+    def status(self) -> CacheStatus:
+        """Sizes as of now: used is what holds memory. All of it can be had again."""
+        size, used = self.settings.block_bytes, len(self._resident)
+        floor = self.n_blocks if self.failure else self._floor
+        return CacheStatus(
+            capacity_bytes=self.n_blocks * size,
+            used_bytes=used * size,
+            floor_bytes=floor * size,
+            returned_bytes=self.returned_bytes,
+            lossless_bytes=used * size,
+        )
+
+    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:  # noqa: ARG002
+        """Bound the blocks in the pool. What is empty follows at once, what holds memory when it was given back.
+
+        Prompts are read in pieces of vLLM's own size, so ``chunk_tokens`` is not used.
+        """
+        with self.lock:
+            self._heard_s = self._clock()
+            if self.failure is None:
+                self._allow(limit_bytes // self.settings.block_bytes)
+                if self.pool_blocks > self._allowed:
+                    self._wake.set()
+
+    def give_now(self) -> int | None:
+        """Shrink to the limit; None if requests use more, of which some are preempted at the next step."""
+        returned_bytes = self.settle()
+        return None if self.beyond_limit else returned_bytes
+
+    def interrupt(self) -> bool:
+        """False: a running step of vLLM goes to its end."""
+        return False
+
+    # What the scheduler asks for
+
+    @property
+    def allowed_blocks(self) -> int:
+        """Blocks that may be in the pool."""
+        return self._allowed
+
+    @property
+    def in_use_blocks(self) -> int:
+        """Blocks of requests."""
+        return self.n_blocks - self._pool.get_num_free_blocks() - len(self._out) - len(self._leaving)
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks that are in the pool, used or free."""
+        return self.n_blocks - len(self._out) - len(self._leaving)
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that hold memory."""
+        return len(self._resident)
+
+    @property
+    def beyond_limit(self) -> bool:
+        """Whether requests alone use more than the limit."""
+        return self.in_use_blocks > self._allowed
+
+    @property
+    def usage(self) -> float:
+        """Share of the whole cache (0 to 1) that requests use."""
+        return self.in_use_blocks / max(1, self.n_blocks)
+
+    def written(self, block_ids: Iterable[int]) -> None:
+        """These are about to be written to; call it with the lock held."""
+        for block_id in block_ids:
+            if block_id:
+                self._resident.add(block_id)
+                self._idle_since_s.pop(block_id, None)
+
+    def wake(self) -> None:
+        """Have what is beyond the limit given back soon, in the balloon's own thread."""
+        self._wake.set()
+
+    def lift_if_silent(self) -> None:
+        """Put all blocks back if the governor has died; call it now and then."""
+        if self._heard_s is None or self._clock() - self._heard_s < self.settings.silence_s:
+            return
+        with self.lock:
+            self._heard_s = None
+            if self._allowed < self._most:
+                log.warning("kvpsi: the governor is silent, so all blocks are vLLM's again")
+            self._allow(self._most)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """All blocks are back in the pool meanwhile, and the lock is held."""
+        with self._settling, self.lock:
+            self._put_back(len(self._out))
+            try:
+                yield
+            finally:
+                self._wake.set()
+
+    # Its own work
+
+    def start(self) -> None:
+        """Give back what is empty from the start, then look after idle blocks in a thread."""
+        self.settle()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and put all blocks back; may be called twice."""
+        self._ended.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self.lock:
+            self._allow(self._most)
+
+    def settle(self) -> int:
+        """Take out what is beyond the limit, and give back what holds memory for nothing; the bytes that went back."""
+        with self._settling:
+            with self.lock:
+                self._take()
+                leaving = sorted(self._leaving)
+            if not leaving:
+                return 0
+            began_s = self._clock()
+            try:
+                returned_bytes = self._release(runs_of(leaving))
+            except EnvironmentProblem as problem:
+                self._give_up(str(problem))
+                return 0
+            with self.lock:
+                n_emptied = len(self._resident.intersection(leaving))
+                self._resident.difference_update(leaving)
+                self._out.update(self._leaving)
+                self._leaving.clear()
+                self.returned_bytes += returned_bytes
+                self.releases += 1
+                self._allow(self._allowed)
+        release = BlockRelease(n_emptied, returned_bytes, self._clock() - began_s)
+        self.instrument.event("release", release)
+        return returned_bytes
+
+    def _allow(self, n_blocks: int) -> None:
+        self._allowed = min(self._most, max(self._floor, n_blocks))
+        surplus = self.pool_blocks - self._allowed
+        if surplus > 0:
+            empty = [block for block in self._free() if block.block_id not in self._resident][:surplus]
+            self._pool.touch(empty)
+            self._out.update((block.block_id, block) for block in empty)
+        else:
+            self._put_back(min(-surplus, len(self._out)))
+
+    def _free(self) -> Sequence[Block]:
+        queue: FreeQueue = self._pool.free_block_queue
+        return queue.get_all_free_blocks()
+
+    def _put_back(self, n_blocks: int) -> None:
+        self._pool.free_blocks([self._out.popitem()[1] for _ in range(n_blocks)])
+
+    def _take(self) -> None:
+        """Take out idle blocks whose time is over, and beyond the limit also younger ones and cached ones, the least
+        recently used first."""
+        self._allow(self._allowed)
+        now_s = self._clock()
+        holding = [block for block in self._free() if block.block_id in self._resident]
+        idle = [block for block in holding if block.block_hash is None]
+        due = [b for b in idle if now_s - self._idle_since_s.setdefault(b.block_id, now_s) >= self.settings.idle_s]
+        taken = {block.block_id: block for block in due}
+        surplus = self.pool_blocks - self._allowed
+        for block in (*idle, *(block for block in holding if block.block_hash is not None)):
+            if len(taken) >= surplus:
+                break
+            taken.setdefault(block.block_id, block)
+        self._pool.touch(list(taken.values()))
+        self._pool.evict_blocks(set(taken))
+        # neighbours that are out go along, so that the page on their border goes, too
+        for block_id in list(taken):
+            for neighbour in (block_id - 1, block_id + 1):
+                if neighbour in self._out:
+                    taken[neighbour] = self._out.pop(neighbour)
+        self._leaving.update(taken)
+
+    def _give_up(self, why: str) -> None:
+        with self.lock:
+            self.failure = why
+            self._out.update(self._leaving)
+            self._leaving.clear()
+            self._allow(self._most)
+        log.warning("kvpsi: memory is not given back any more, and all blocks are vLLM's again: %s", why)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._wake.wait(_LOOK_S)
+            self._wake.clear()
+            if self._ended.is_set() or self.failure:
+                return
+            try:
+                self.settle()
+            except Exception:
+                log.exception("kvpsi: idle blocks could not be given back")
+
+
+def runs_of(block_ids: Sequence[int]) -> list[Run]:
+    """Ascending ids as runs."""
+    runs: list[Run] = []
+    for block_id in block_ids:
+        if runs and runs[-1][1] == block_id:
+            runs[-1] = (runs[-1][0], block_id + 1)
+        else:
+            runs.append((block_id, block_id + 1))
+    return runs

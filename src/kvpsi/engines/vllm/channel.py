@@ -1,0 +1,181 @@
+"""How scheduler and workers talk: JSON lines over a socket without a file, as they are processes of their own.
+
+The scheduler asks, a worker answers: ``{"release": [[first, end], ...]}`` gives back runs of blocks and tells how many
+bytes, ``{"resident": true}`` tells the memory of all blocks. A worker answers when it has done what it was asked, and
+closes the connection only when it does nothing any more: whatever comes, the blocks are the scheduler's again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from kvpsi.engines.vllm.layout import BlockLayout, Run
+from kvpsi.errors import EnvironmentProblem
+
+log = logging.getLogger("vllm.kvpsi")
+_CONNECT_S = 30.0
+
+
+def address_of(config: Any, rank: int) -> str:
+    """The abstract address (unix(7)) of one worker of a ``VllmConfig``; it is gone with the process."""
+    return f"\0kvpsi-vllm-{config.instance_id}-{config.parallel_config.data_parallel_rank}-{rank}"
+
+
+def _is_own(connection: socket.socket) -> bool:
+    """Whether a process of the same user is at the other end: abstract addresses know no permissions."""
+    size = struct.calcsize("3i")
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return bool(uid == os.getuid())
+
+
+class ReleaseServer:
+    """Releases blocks of one worker, in a thread of its own: also while the worker computes, or waits.
+
+    Args:
+        address: where it listens.
+        layout: of the blocks.
+    """
+
+    def __init__(self, address: str, layout: BlockLayout) -> None:
+        self.layout = layout
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listener.bind(address)
+        except OSError as error:
+            self._listener.close()
+            raise EnvironmentProblem(
+                f"The worker cannot listen for the scheduler ({error.strerror}); start vLLM again."
+            ) from error
+        self._listener.listen(1)
+        self._thread = threading.Thread(target=self._run, name="kvpsi-release", daemon=True)
+
+    def start(self) -> None:
+        """Wait for the scheduler in the thread."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._listener:
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):  # the scheduler is gone
+                    if _is_own(connection):
+                        self._serve(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection.makefile("rw", encoding="utf-8") as lines:
+            _send(lines, {"n_blocks": self.layout.n_blocks, "block_bytes": self.layout.block_bytes})
+            for line in lines:
+                _send(lines, self._answer(json.loads(line)))
+
+    def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if "release" in asked:
+                return {"bytes": self.layout.release([(first, end) for first, end in asked["release"]])}
+            return {"bytes": self.layout.resident_bytes()}
+        except OSError as error:
+            return {"error": str(error)}
+
+
+class Workers:
+    """The scheduler's end of the connections to all workers. May be used from any thread.
+
+    Args:
+        addresses: of all workers; each holds a part of every block.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._stack = contextlib.ExitStack()
+        try:
+            self._lines = [self._stack.enter_context(_connected(address)) for address in addresses]
+            told = [_receive(lines) for lines in self._lines]
+        except BaseException:
+            self._stack.close()
+            raise
+        self.n_blocks = min(each["n_blocks"] for each in told)
+        self.block_bytes = sum(each["block_bytes"] for each in told)
+
+    def release(self, runs: Iterable[Run]) -> int:
+        """Have runs of blocks given back by all; the bytes that went back. Returns when it is done.
+
+        Raises:
+            EnvironmentProblem: a worker could not, or is gone; none of them works on it any more.
+        """
+        return self._ask({"release": list(runs)})
+
+    def resident_bytes(self) -> int:
+        """Memory of all blocks as the kernel counts it.
+
+        Raises:
+            EnvironmentProblem: a worker is gone.
+        """
+        return self._ask({"resident": True})
+
+    def _ask(self, what: dict[str, Any]) -> int:
+        with self._lock:
+            asked, problems, total_bytes = [], [], 0
+            for lines in self._lines:
+                try:
+                    _send(lines, what)
+                    asked.append(lines)
+                except (OSError, ValueError) as error:
+                    problems.append(f"a worker does not listen any more ({error})")
+            for lines in asked:  # all of them, so that none still works on it
+                try:
+                    total_bytes += _receive(lines)["bytes"]
+                except EnvironmentProblem as problem:
+                    problems.append(str(problem))
+        if problems:
+            raise EnvironmentProblem(problems[0])
+        return total_bytes
+
+    def close(self) -> None:
+        """End the connections."""
+        with contextlib.suppress(OSError):
+            self._stack.close()
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Any:
+    deadline_s = time.monotonic() + _CONNECT_S
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        while True:
+            try:
+                connection.connect(address)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline_s:
+                    raise EnvironmentProblem(
+                        f"A worker does not listen ({error.strerror}): start vLLM with --worker-cls "
+                        "kvpsi.engines.vllm.worker.ElasticWorker, or with KVPSI_VLLM=1."
+                    ) from error
+                time.sleep(0.1)
+        if not _is_own(connection):
+            raise EnvironmentProblem("Another user listens in the place of a worker; start vLLM again.")
+        with connection.makefile("rw", encoding="utf-8") as lines:
+            yield lines
+
+
+def _send(lines: TextIO, what: dict[str, Any]) -> None:
+    lines.write(json.dumps(what) + "\n")
+    lines.flush()
+
+
+def _receive(lines: TextIO) -> dict[str, Any]:
+    try:
+        line = lines.readline()
+        told: dict[str, Any] = json.loads(line) if line else {"error": "a worker is gone"}
+    except (OSError, ValueError) as error:
+        told = {"error": f"a worker cannot be understood ({error})"}
+    if "error" in told:
+        raise EnvironmentProblem(told["error"])
+    return told

@@ -1,0 +1,37 @@
+"""vLLM's platform for processors, with an elastic scheduler and an elastic worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms.cpu import CpuPlatform
+
+from kvpsi.engines.vllm.supported import refuse_unsupported
+from kvpsi.errors import UsageError
+
+_SCHEDULER = "kvpsi.engines.vllm.scheduler.ElasticScheduler"
+_WORKER = "kvpsi.engines.vllm.worker.ElasticWorker"
+_STOCK_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
+    """Chooses the two classes, so that ``vllm serve`` needs no options."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """As vLLM does, then `_SCHEDULER` unless ``--scheduler-cls`` names one, and `_WORKER`.
+
+        Raises:
+            UsageError: this vLLM, or what it is asked for, is not supported.
+        """
+        super().check_and_update_config(vllm_config)
+        refuse_unsupported(vllm_config)
+        scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        if scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = _SCHEDULER
+        if parallel.worker_cls == _STOCK_WORKER:
+            parallel.worker_cls = _WORKER
+        elif parallel.worker_cls != _WORKER:
+            raise UsageError(
+                f"--worker-cls {parallel.worker_cls} is not elastic; leave it out, or start vLLM without KVPSI_VLLM=1."
+            )

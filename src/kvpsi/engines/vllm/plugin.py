@@ -1,0 +1,10 @@
+"""What vLLM finds as a platform plugin (entry point ``vllm.platform_plugins``)."""
+
+from __future__ import annotations
+
+import os
+
+
+def platform() -> str | None:
+    """The platform to use, by name; None unless ``KVPSI_VLLM=1`` asks for it. vLLM imports it in each process."""
+    return "kvpsi.engines.vllm.platform.ElasticCpuPlatform" if os.environ.get("KVPSI_VLLM") == "1" else None

@@ -1,0 +1,108 @@
+"""What the balloon is doing, for people and dashboards: ``/status`` and ``/metrics`` of the scheduler's process.
+
+vLLM's own metrics are another process's, so these have a port of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from kvpsi.errors import EnvironmentProblem
+
+
+@dataclass(frozen=True, slots=True)
+class VllmStatus:
+    """The fields of `kvpsi.serving.status.Status` that have a meaning here; committed is what holds memory, used what
+    requests use. ``blocks`` are all, ``pool_blocks`` those that vLLM may use."""
+
+    running: int
+    waiting: int
+    capacity_bytes: int
+    used_bytes: int
+    committed_bytes: int
+    resident_bytes: int
+    limit_bytes: int
+    headroom_bytes: int
+    memory_limit_bytes: int
+    memory_pressure: float
+    concurrency_limit: int
+    stall_s: float
+    releases: int
+    returned_bytes: int
+    pauses: int
+    governed: bool
+    reason: str
+    blocks: int
+    pool_blocks: int
+
+
+def metrics_text(status: VllmStatus) -> bytes:
+    """In Prometheus' format, by the names that `kvpsi serve` uses."""
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+
+    from kvpsi.serving.metrics import memory_counters, memory_gauges
+
+    class Collected(Collector):
+        def collect(self) -> Iterator[Metric]:
+            for name, text, value in memory_counters(status):
+                yield CounterMetricFamily(name, text, value=value)
+            for name, text, value in memory_gauges(status):
+                yield GaugeMetricFamily(name, text, value=value)
+
+    registry = CollectorRegistry()
+    registry.register(Collected())
+    return generate_latest(registry)
+
+
+class StatusServer:
+    """Answers on this machine only, in a thread of its own.
+
+    Args:
+        port: where; 0 takes a free one.
+        status: called for each request.
+
+    Raises:
+        EnvironmentProblem: the port is taken.
+    """
+
+    def __init__(self, port: int, status: Callable[[], VllmStatus]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/status":
+                    kind, body = "application/json", json.dumps(dataclasses.asdict(status())).encode()
+                elif self.path == "/metrics":
+                    kind, body = "text/plain; version=0.0.4", metrics_text(status())
+                else:
+                    self.send_error(404, "There are /status and /metrics.")
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Nothing: who reads metrics does so all the time."""
+
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"The status cannot be served at port {port} ({error.strerror}); choose another KVPSI_STATUS_PORT."
+            ) from error
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="kvpsi-status", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,221 @@
+"""vLLM's scheduler with a balloon in its block pool, and a governor that says how large the pool may be."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from kvpsi.admission.policies.adaptive import AdaptiveSettings
+from kvpsi.engines.sensing import best_sensing
+from kvpsi.engines.vllm.balloon import Balloon, BalloonSettings
+from kvpsi.engines.vllm.channel import Workers, address_of
+from kvpsi.engines.vllm.report import StatusServer, VllmStatus
+from kvpsi.engines.vllm.settings import VllmSettings, settings_from
+from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported
+from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.governor import Governor
+from kvpsi.instrument import Instrument, Instruments, JsonLines
+from kvpsi.units import format_bytes
+
+log = logging.getLogger("vllm.kvpsi")
+
+
+class ElasticScheduler(Scheduler):  # type: ignore[misc]
+    """As vLLM's own, with fewer blocks and fewer sequences at once while memory is short.
+
+    Raises:
+        UsageError: this vLLM, or what it is asked for, is not supported.
+        EnvironmentProblem: a worker does not listen.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        refuse_unsupported(self.vllm_config)
+        refuse_cache(self.kv_cache_config)
+        settings = settings_from()
+        self._most_active_reqs = int(vars(self)["max_num_active_reqs"])
+        self._veto_stall = AdaptiveSettings().memory_stall
+        self.pauses = 0
+        self._closing = contextlib.ExitStack()
+        parallel = self.vllm_config.parallel_config
+        self.workers = Workers([address_of(self.vllm_config, rank) for rank in range(parallel.world_size)])
+        self._closing.callback(self.workers.close)
+        instrument = Instruments([_Told()])
+        if settings.log is not None:
+            instrument.members.append(JsonLines(self._closing.enter_context(_opened(settings.log))))
+        self.balloon = self._make_balloon(settings, instrument)
+        self._closing.callback(self.balloon.stop)
+        self.balloon.start()
+        self.governor = self.make_governor(self.balloon, settings, instrument)
+        self._closing.callback(self.governor.stop)
+        self.governor.start()
+        if settings.status_port:
+            rank = self.vllm_config.parallel_config.data_parallel_rank
+            self._closing.callback(StatusServer(settings.status_port + rank, self.status).close)
+
+    def _make_balloon(self, settings: VllmSettings, instrument: Instrument) -> Balloon:
+        pool = self.kv_cache_manager.block_pool
+        floor = -(-self.max_model_len // self.block_size) + 1
+        most = round(settings.cache_limit * (pool.num_gpu_blocks - 1))
+        sizes = BalloonSettings(self.workers.block_bytes, floor_blocks=floor, most_blocks=most)
+        log.info(
+            "kvpsi governs %d KV blocks of %s; %d of them always stay, for one request",
+            pool.num_gpu_blocks - 1,
+            format_bytes(sizes.block_bytes),
+            floor,
+        )
+        return Balloon(pool, sizes, self.workers.release, instrument=instrument)
+
+    def make_governor(self, balloon: Balloon, settings: VllmSettings, instrument: Instrument) -> Governor:
+        """What says how large the pool may be: this machine's kernel, by the law."""
+        source, trigger = best_sensing(0)  # vLLM holds weights in memory of its own
+        return Governor(balloon, source, settings=settings.law, trigger=trigger, instrument=instrument)
+
+    @property
+    def concurrency_limit(self) -> int:
+        """Sequences that may run at once: while memory stalls no more than do already, but always one."""
+        reading = self.governor.reading
+        if reading is None or reading.memory.some.share < self._veto_stall:
+            return self._most_active_reqs
+        return max(1, min(self._most_active_reqs, len(self.running)))
+
+    def status(self) -> VllmStatus:
+        """What it is doing; from any thread."""
+        sizes, reading, decision = self.balloon.status(), self.governor.reading, self.governor.decision
+        try:
+            resident_bytes = self.workers.resident_bytes()
+        except EnvironmentProblem:
+            resident_bytes = sizes.used_bytes
+        block_bytes = self.balloon.settings.block_bytes
+        running, waiting = self.get_request_counts()
+        return VllmStatus(
+            running=running,
+            waiting=waiting,
+            capacity_bytes=sizes.capacity_bytes,
+            used_bytes=self.balloon.in_use_blocks * block_bytes,
+            committed_bytes=sizes.used_bytes,
+            resident_bytes=resident_bytes,
+            limit_bytes=self.balloon.allowed_blocks * block_bytes,
+            headroom_bytes=reading.headroom.available_bytes if reading else 0,
+            memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
+            memory_pressure=reading.memory.some.share if reading else 0.0,
+            concurrency_limit=self.concurrency_limit,
+            stall_s=self.governor.stall_s,
+            releases=self.balloon.releases,
+            returned_bytes=sizes.returned_bytes,
+            pauses=self.pauses,
+            governed=self.balloon.failure is None,
+            reason=self.balloon.failure or (decision.reason if decision else ""),
+            blocks=self.balloon.n_blocks,
+            pool_blocks=self.balloon.pool_blocks,
+        )
+
+    def schedule(self, *args: Any, **options: Any) -> Any:
+        """A step: preempt what is beyond the limit first, and note the blocks that will be written to."""
+        self.balloon.lift_if_silent()
+        with self.balloon.lock:
+            self._preempt_beyond_limit()
+            self.max_num_active_reqs = self.concurrency_limit
+            output = super().schedule(*args, **options)
+            self.balloon.written(_written_by(output))
+        return output
+
+    def _preempt_request(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, and count it."""
+        self.pauses += 1
+        return super()._preempt_request(*args, **options)
+
+    def _preempt_beyond_limit(self) -> None:
+        """As vLLM does where blocks are missing. Nothing runs between two steps, so nothing is in flight."""
+        while self.balloon.beyond_limit and len(self.running) > 1:
+            victim = self.running[-1]
+            if self.policy.value == "priority":
+                victim = max(self.running, key=lambda request: (request.priority, request.arrival_time))
+            self.running.remove(victim)
+            self._preempt_request(victim, time.monotonic())
+            self.prev_step_scheduled_req_ids.discard(victim.request_id)
+            self.balloon.wake()
+
+    def update_from_output(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, with the pool locked."""
+        with self.balloon.lock:
+            return super().update_from_output(*args, **options)
+
+    def add_request(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, with the pool locked."""
+        with self.balloon.lock:
+            return super().add_request(*args, **options)
+
+    def finish_requests(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, with the pool locked."""
+        with self.balloon.lock:
+            return super().finish_requests(*args, **options)
+
+    def reset_prefix_cache(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, with all blocks in the pool: it counts them."""
+        with self.balloon.whole():
+            return super().reset_prefix_cache(*args, **options)
+
+    def get_kv_cache_usage(self) -> float:
+        """Share of the whole cache (0 to 1) that requests use; what is out of the pool is not used."""
+        return self.balloon.usage
+
+    def make_stats(self, *args: Any, **options: Any) -> Any:
+        """As vLLM does, with the same usage."""
+        with self.balloon.lock:
+            stats = super().make_stats(*args, **options)
+            if stats is not None:
+                stats.kv_cache_usage = self.balloon.usage
+        return stats
+
+    def shutdown(self) -> None:
+        """Stop governing; all blocks are put back."""
+        self._closing.close()
+        super().shutdown()
+
+
+class _Told(Instrument):
+    """Writes into vLLM's log what is given for others, and why."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = "nobody uses it yet"
+
+    def event(self, name: str, value: Any) -> None:
+        if name == "decision" and value.give_bytes:
+            self._reason = value.reason
+        elif name == "release":
+            log.log(
+                logging.INFO if self._reason else logging.DEBUG,
+                "kvpsi gave back %s of %d KV blocks in %.0f ms: %s",
+                format_bytes(value.returned_bytes),
+                value.blocks,
+                1e3 * value.seconds,
+                self._reason or "nobody uses it any more",
+            )
+            self._reason = None
+
+
+def _opened(log_file: Path) -> TextIO:
+    try:
+        return log_file.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"KVPSI_LOG {log_file} cannot be written ({error.strerror}); name another file.") from error
+
+
+def _written_by(output: Any) -> Iterator[int]:
+    """Blocks of a ``SchedulerOutput`` that the model runner may write to from now on."""
+    groups: list[Iterable[int]] = []
+    for request in output.scheduled_new_reqs:
+        groups.extend(request.block_ids)
+    for new_block_ids in output.scheduled_cached_reqs.new_block_ids:
+        groups.extend(new_block_ids or ())
+    for group in groups:
+        yield from group
+    for copy in output.kv_cache_block_copies or ():
+        yield copy.dst_block_id

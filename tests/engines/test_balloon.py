@@ -1,0 +1,220 @@
+"""The balloon in vLLM's block pool: what is in it, what is out, and that no block is ever in two places."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+
+from kvpsi.engines.vllm.balloon import Balloon, BalloonSettings, runs_of
+from kvpsi.engines.vllm.layout import Run
+from kvpsi.errors import EnvironmentProblem
+from support.pools import FakeBlock, FakePool
+
+SIZE = 1000
+
+
+class Machine:
+    """Memory of blocks: which of them hold some, and a clock."""
+
+    def __init__(self, n_blocks: int = 41, **settings: int) -> None:
+        self.now_s = 0.0
+        self.pool = FakePool(n_blocks)
+        self.held = set(range(1, n_blocks))
+        self.fails = False
+        self.released: list[Run] = []
+        self.balloon = Balloon(
+            self.pool, BalloonSettings(SIZE, **{"floor_blocks": 5, **settings}), self.release, clock=lambda: self.now_s
+        )
+
+    def release(self, runs: list[Run]) -> int:
+        if self.fails:
+            raise EnvironmentProblem("a worker is gone")
+        self.released = runs
+        gone = {i for first, end in runs for i in range(first, end)}
+        free = {block.block_id for block in self.pool.queue}
+        assert not gone & free, "what is being given back is vLLM's at the same time"
+        before = len(self.held)
+        self.held -= gone
+        return (before - len(self.held)) * SIZE
+
+    def write(self, n_blocks: int) -> list[FakeBlock]:
+        with self.balloon.lock:
+            blocks = self.pool.use(n_blocks)
+            ids = [block.block_id for block in blocks]
+            self.balloon.written(ids)
+        self.held.update(ids)
+        return blocks
+
+    def end(self, blocks: list[FakeBlock], cached: bool = False) -> None:
+        with self.balloon.lock:
+            for block in blocks:
+                block.block_hash = f"text {block.block_id}" if cached else None
+            self.pool.free_blocks(blocks)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    started = Machine()
+    started.balloon.settle()
+    return started
+
+
+def test_nothing_is_resident_after_the_start_and_all_blocks_are_in_the_pool(machine: Machine) -> None:
+    status = machine.balloon.status()
+    assert not machine.held and status.used_bytes == 0
+    assert status.capacity_bytes == status.returned_bytes == 40 * SIZE
+    assert machine.pool.get_num_free_blocks() == 40
+    assert machine.released == [(1, 41)]
+
+
+def test_what_is_empty_leaves_the_pool_at_once(machine: Machine) -> None:
+    blocks = machine.write(8)
+    machine.balloon.set_limit(10 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 2
+    machine.balloon.set_limit(40 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 32
+    assert machine.balloon.in_use_blocks == len(blocks)
+
+
+def test_cached_blocks_go_least_recently_used_first(machine: Machine) -> None:
+    old, young = machine.write(6), machine.write(6)
+    machine.end(old, cached=True)
+    machine.end(young, cached=True)
+    machine.balloon.set_limit(8 * SIZE, None)
+    assert machine.balloon.give_now() == 4 * SIZE
+    assert [block.block_hash for block in old].count(None) == 4
+    assert all(block.block_hash for block in young)
+
+
+def test_idle_blocks_go_before_cached_ones_and_after_a_while_by_themselves(machine: Machine) -> None:
+    idle, cached = machine.write(6), machine.write(6)
+    machine.end(idle)
+    machine.end(cached, cached=True)
+    assert machine.balloon.settle() == 0, "they may soon be used again"
+    machine.now_s = 1.0
+    assert machine.balloon.settle() == 0
+    machine.now_s = 2.5
+    assert machine.balloon.settle() == 6 * SIZE
+    assert all(block.block_hash for block in cached)
+    assert machine.pool.get_num_free_blocks() == 40
+
+
+def test_an_idle_block_that_was_used_meanwhile_is_young_again(machine: Machine) -> None:
+    machine.end(machine.write(1))
+    machine.balloon.settle()
+    machine.now_s = 1.5
+    machine.end(machine.write(1))
+    machine.now_s = 2.5
+    assert machine.balloon.settle() == 0
+
+
+def test_never_below_the_floor_and_never_above_the_most() -> None:
+    machine = Machine(most_blocks=30)
+    machine.balloon.settle()
+    assert machine.pool.get_num_free_blocks() == 30
+    machine.balloon.set_limit(0, None)
+    assert machine.pool.get_num_free_blocks() == machine.balloon.allowed_blocks == 5
+    machine.balloon.set_limit(1 << 40, None)
+    assert machine.pool.get_num_free_blocks() == 30
+
+
+def test_blocks_in_use_stay_and_are_told(machine: Machine) -> None:
+    blocks = machine.write(20)
+    machine.balloon.set_limit(10 * SIZE, None)
+    assert machine.balloon.give_now() is None and machine.balloon.beyond_limit
+    machine.end(blocks[10:], cached=True)
+    assert machine.balloon.give_now() == 10 * SIZE and not machine.balloon.beyond_limit
+    assert len(machine.held) == 10
+
+
+def test_neighbours_that_are_out_go_along(machine: Machine) -> None:
+    machine.balloon.set_limit(8 * SIZE, None)
+    blocks = machine.write(8)  # 33 to 40; those before are out
+    machine.end(blocks[:1], cached=True)
+    machine.balloon.set_limit(7 * SIZE, None)
+    machine.balloon.give_now()
+    assert machine.released == [(32, 34)]
+
+
+def test_a_worker_that_fails_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
+    machine.end(machine.write(10), cached=True)
+    machine.fails = True
+    machine.balloon.set_limit(5 * SIZE, None)
+    assert machine.balloon.give_now() == 0
+    assert machine.pool.get_num_free_blocks() == 40
+    assert machine.balloon.failure == "a worker is gone"
+    machine.balloon.set_limit(5 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 40
+    status = machine.balloon.status()
+    assert status.floor_bytes == status.capacity_bytes
+
+
+def test_a_governor_that_is_silent_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
+    machine.balloon.set_limit(5 * SIZE, None)
+    machine.now_s = 9.0
+    machine.balloon.lift_if_silent()
+    assert machine.pool.get_num_free_blocks() == 5
+    machine.now_s = 10.0
+    machine.balloon.lift_if_silent()
+    assert machine.pool.get_num_free_blocks() == 40
+    machine.balloon.set_limit(5 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 5, "it is heard again"
+
+
+def test_the_whole_pool_is_there_for_a_reset(machine: Machine) -> None:
+    machine.balloon.set_limit(5 * SIZE, None)
+    with machine.balloon.whole():
+        assert machine.pool.get_num_free_blocks() == 40
+    machine.balloon.settle()
+    assert machine.pool.get_num_free_blocks() == 5
+
+
+def test_the_thread_gives_back_what_is_beyond_the_limit_and_stop_puts_all_back() -> None:
+    machine = Machine()
+    machine.balloon.start()
+    machine.end(machine.write(10), cached=True)
+    gone = threading.Event()
+    release = machine.balloon._release
+    machine.balloon._release = lambda runs: (release(runs), gone.set())[0]
+    machine.balloon.set_limit(5 * SIZE, None)
+    assert gone.wait(10)
+    machine.balloon.stop()
+    machine.balloon.stop()
+    assert machine.pool.get_num_free_blocks() == 40
+
+
+def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
+    for seed in range(200):
+        chance = random.Random(seed)
+        machine = Machine(n_blocks=chance.randint(8, 60))
+        running: list[list[FakeBlock]] = []
+        for _ in range(80):
+            machine.now_s += chance.random()
+            action = chance.randrange(5)
+            n_free = machine.pool.get_num_free_blocks()
+            if action == 0 and n_free:
+                running.append(machine.write(chance.randint(1, n_free)))
+            elif action == 1 and running:
+                machine.end(running.pop(chance.randrange(len(running))), cached=chance.random() < 0.6)
+            elif action == 2:
+                machine.balloon.set_limit(chance.randrange(machine.balloon.n_blocks + 1) * SIZE, None)
+            elif action == 3:
+                machine.balloon.give_now()
+            else:
+                machine.balloon.settle()
+            balloon = machine.balloon
+            in_use = sum(map(len, running))
+            assert balloon.in_use_blocks == in_use
+            assert balloon.pool_blocks == in_use + machine.pool.get_num_free_blocks()
+            assert len(machine.held) * SIZE == balloon.status().used_bytes, "what holds memory is known"
+            if action in (3, 4):
+                assert balloon.pool_blocks <= max(balloon.allowed_blocks, in_use)
+        machine.balloon.stop()
+        assert machine.pool.get_num_free_blocks() + sum(map(len, running)) == machine.balloon.n_blocks
+
+
+def test_runs() -> None:
+    assert runs_of([]) == []
+    assert runs_of([1, 2, 3, 7, 9, 10]) == [(1, 4), (7, 8), (9, 11)]
