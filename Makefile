@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUESTION ?= At what water level does the station send the red alarm?
@@ -11,11 +12,11 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?= elastic
 
 .DEFAULT_GOAL := help
-.PHONY: help run ask test lint format bench setup clean
+.PHONY: help run ask test test-vllm lint format bench setup clean
 
 help:  ## Show what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-	    printf '%-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	    printf '%-15s %s\n' "$$name" "$$text"; done
 
 run: $(READY)  ## Serve the default model behind OpenAI's API until Ctrl-C; SERVE_ARGS adds options
 	$(BIN)/kvpsi serve $(SERVE_ARGS)
@@ -25,6 +26,9 @@ ask: $(READY)  ## Ask it a QUESTION about a long document, without a server
 
 test: $(READY)  ## Run all tests, one after the other: llama.cpp's threads spin and would slow each other down
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready  ## Run the tests with real vLLM, which sets up an environment of its own (4 GB)
+	$(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider -s tests_vllm $(PYTEST_ARGS)
 
 lint: $(READY)  ## Check style and types, as CI does
 	$(BIN)/ruff check .
@@ -53,6 +57,16 @@ $(READY): pyproject.toml
 	$(BIN)/kvpsi pull
 	@touch $@
 
+# torch's build for processors is not on PyPI
+$(VLLM_VENV)/.ready: tests_vllm/requirements.txt pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	torch=$$(grep '^torch==' $<) && { $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$torch" || \
+	    $(VLLM_VENV)/bin/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$$torch"; }
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 clean:  ## Remove the virtual environment and everything built; models stay in the user's cache
-	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(VLLM_VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find src tests tests_vllm -name __pycache__ -type d -prune -exec rm -rf {} +

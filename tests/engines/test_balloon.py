@@ -129,6 +129,18 @@ def test_blocks_in_use_stay_and_are_told(machine: Machine) -> None:
     assert len(machine.held) == 10
 
 
+def test_what_was_preempted_cannot_be_used_again_before_its_memory_went_back(machine: Machine) -> None:
+    blocks = machine.write(20)
+    machine.balloon.set_limit(10 * SIZE, None)
+    machine.end(blocks[10:], cached=True)
+    machine.balloon.shrink()
+    assert machine.pool.get_num_free_blocks() == 0 and machine.balloon.in_use_blocks == 10
+    machine.balloon.set_limit(40 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 20
+    assert machine.balloon.settle() == 10 * SIZE
+    assert machine.pool.get_num_free_blocks() == 30
+
+
 def test_neighbours_that_are_out_go_along(machine: Machine) -> None:
     machine.balloon.set_limit(8 * SIZE, None)
     blocks = machine.write(8)  # 33 to 40; those before are out
@@ -192,7 +204,7 @@ def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
         running: list[list[FakeBlock]] = []
         for _ in range(80):
             machine.now_s += chance.random()
-            action = chance.randrange(5)
+            action = chance.randrange(6)
             n_free = machine.pool.get_num_free_blocks()
             if action == 0 and n_free:
                 running.append(machine.write(chance.randint(1, n_free)))
@@ -202,6 +214,8 @@ def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
                 machine.balloon.set_limit(chance.randrange(machine.balloon.n_blocks + 1) * SIZE, None)
             elif action == 3:
                 machine.balloon.give_now()
+            elif action == 5:
+                machine.balloon.shrink()
             else:
                 machine.balloon.settle()
             balloon = machine.balloon
@@ -209,7 +223,7 @@ def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
             assert balloon.in_use_blocks == in_use
             assert balloon.pool_blocks == in_use + machine.pool.get_num_free_blocks()
             assert len(machine.held) * SIZE == balloon.status().used_bytes, "what holds memory is known"
-            if action in (3, 4):
+            if action in (3, 4, 5):
                 assert balloon.pool_blocks <= max(balloon.allowed_blocks, in_use)
         machine.balloon.stop()
         assert machine.pool.get_num_free_blocks() + sum(map(len, running)) == machine.balloon.n_blocks

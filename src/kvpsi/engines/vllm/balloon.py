@@ -7,7 +7,7 @@ A block is in one of these states:
 - *idle*: free, nothing of use in it, but it was written to and holds memory;
 - *empty*: free, without memory. It costs nothing, so it stays in vLLM's pool;
 - *out*: taken out of the pool, without memory, so that vLLM cannot use it;
-- *leaving*: taken out, and its memory is being given back.
+- *leaving*: taken out, and its memory is given back next, or just now.
 
 The limit bounds the blocks in the pool, as vLLM may write to any of them. Nothing is forgotten by any of this: vLLM
 computes again what it asks for.
@@ -140,6 +140,7 @@ class Balloon:
         self._idle_since_s = dict.fromkeys(self._resident, -math.inf)
         self._out: dict[int, Block] = {}
         self._leaving: dict[int, Block] = {}
+        self._releasing: dict[int, Block] = {}
         self._settling = threading.Lock()
         self._heard_s: float | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
@@ -190,12 +191,12 @@ class Balloon:
     @property
     def in_use_blocks(self) -> int:
         """Blocks of requests."""
-        return self.n_blocks - self._pool.get_num_free_blocks() - len(self._out) - len(self._leaving)
+        return self.pool_blocks - self._pool.get_num_free_blocks()
 
     @property
     def pool_blocks(self) -> int:
         """Blocks that are in the pool, used or free."""
-        return self.n_blocks - len(self._out) - len(self._leaving)
+        return self.n_blocks - len(self._out) - len(self._leaving) - len(self._releasing)
 
     @property
     def resident_blocks(self) -> int:
@@ -219,9 +220,12 @@ class Balloon:
                 self._resident.add(block_id)
                 self._idle_since_s.pop(block_id, None)
 
-    def wake(self) -> None:
-        """Have what is beyond the limit given back soon, in the balloon's own thread."""
-        self._wake.set()
+    def shrink(self) -> None:
+        """Take what is free beyond the limit out at once, and have its memory given back soon, in the balloon's own
+        thread; call it with the lock held."""
+        if self.failure is None:
+            self._take()
+            self._wake.set()
 
     def lift_if_silent(self) -> None:
         """Put all blocks back if the governor has died; call it now and then."""
@@ -237,6 +241,7 @@ class Balloon:
     def whole(self) -> Iterator[None]:
         """All blocks are back in the pool meanwhile, and the lock is held."""
         with self._settling, self.lock:
+            self._stay()
             self._put_back(len(self._out))
             try:
                 yield
@@ -257,6 +262,7 @@ class Balloon:
         if self._thread.is_alive():
             self._thread.join()
         with self.lock:
+            self._stay()
             self._allow(self._most)
 
     def settle(self) -> int:
@@ -264,20 +270,25 @@ class Balloon:
         with self._settling:
             with self.lock:
                 self._take()
-                leaving = sorted(self._leaving)
-            if not leaving:
+                self._releasing.update(self._leaving)
+                # neighbours that are out go along, so that the page on their border goes, too
+                for neighbour in {i + d for i in self._leaving for d in (-1, 1)} & self._out.keys():
+                    self._releasing[neighbour] = self._out.pop(neighbour)
+                self._leaving.clear()
+                ids = sorted(self._releasing)
+            if not ids:
                 return 0
             began_s = self._clock()
             try:
-                returned_bytes = self._release(runs_of(leaving))
+                returned_bytes = self._release(runs_of(ids))
             except EnvironmentProblem as problem:
                 self._give_up(str(problem))
                 return 0
             with self.lock:
-                n_emptied = len(self._resident.intersection(leaving))
-                self._resident.difference_update(leaving)
-                self._out.update(self._leaving)
-                self._leaving.clear()
+                n_emptied = len(self._resident.intersection(ids))
+                self._resident.difference_update(ids)
+                self._out.update(self._releasing)
+                self._releasing.clear()
                 self.returned_bytes += returned_bytes
                 self.releases += 1
                 self._allow(self._allowed)
@@ -318,18 +329,19 @@ class Balloon:
             taken.setdefault(block.block_id, block)
         self._pool.touch(list(taken.values()))
         self._pool.evict_blocks(set(taken))
-        # neighbours that are out go along, so that the page on their border goes, too
-        for block_id in list(taken):
-            for neighbour in (block_id - 1, block_id + 1):
-                if neighbour in self._out:
-                    taken[neighbour] = self._out.pop(neighbour)
         self._leaving.update(taken)
+
+    def _stay(self) -> None:
+        """Put back what was to leave next."""
+        self._pool.free_blocks(list(self._leaving.values()))
+        self._leaving.clear()
 
     def _give_up(self, why: str) -> None:
         with self.lock:
             self.failure = why
-            self._out.update(self._leaving)
-            self._leaving.clear()
+            self._stay()
+            self._out.update(self._releasing)
+            self._releasing.clear()
             self._allow(self._most)
         log.warning("kvpsi: memory is not given back any more, and all blocks are vLLM's again: %s", why)
 

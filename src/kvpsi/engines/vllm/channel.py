@@ -22,7 +22,7 @@ from kvpsi.engines.vllm.layout import BlockLayout, Run
 from kvpsi.errors import EnvironmentProblem
 
 log = logging.getLogger("vllm.kvpsi")
-_CONNECT_S = 30.0
+_CONNECT_S = 5.0
 
 
 def address_of(config: Any, rank: int) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 from vllm.platforms.cpu import CpuPlatform
 
 from kvpsi.engines.vllm.supported import refuse_unsupported
-from kvpsi.errors import UsageError
 
 _SCHEDULER = "kvpsi.engines.vllm.scheduler.ElasticScheduler"
 _WORKER = "kvpsi.engines.vllm.worker.ElasticWorker"
@@ -19,7 +18,7 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """As vLLM does, then `_SCHEDULER` unless ``--scheduler-cls`` names one, and `_WORKER`.
+        """As vLLM does, then the two classes unless ``--scheduler-cls`` and ``--worker-cls`` name others.
 
         Raises:
             UsageError: this vLLM, or what it is asked for, is not supported.
@@ -31,7 +30,3 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
             scheduler.scheduler_cls = _SCHEDULER
         if parallel.worker_cls == _STOCK_WORKER:
             parallel.worker_cls = _WORKER
-        elif parallel.worker_cls != _WORKER:
-            raise UsageError(
-                f"--worker-cls {parallel.worker_cls} is not elastic; leave it out, or start vLLM without KVPSI_VLLM=1."
-            )

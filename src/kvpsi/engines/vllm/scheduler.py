@@ -132,7 +132,10 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         return super()._preempt_request(*args, **options)
 
     def _preempt_beyond_limit(self) -> None:
-        """As vLLM does where blocks are missing. Nothing runs between two steps, so nothing is in flight."""
+        """As vLLM does where blocks are missing. Nothing runs between two steps, so nothing is in flight.
+
+        What this frees is taken out at once, or those who were preempted would have it again in the same step.
+        """
         while self.balloon.beyond_limit and len(self.running) > 1:
             victim = self.running[-1]
             if self.policy.value == "priority":
@@ -140,7 +143,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             self.running.remove(victim)
             self._preempt_request(victim, time.monotonic())
             self.prev_step_scheduled_req_ids.discard(victim.request_id)
-            self.balloon.wake()
+            self.balloon.shrink()
 
     def update_from_output(self, *args: Any, **options: Any) -> Any:
         """As vLLM does, with the pool locked."""

@@ -41,7 +41,7 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
     log = environ.get("KVPSI_LOG")
     return VllmSettings(
         law=LawSettings(low_bytes=low_bytes, high_bytes=high_bytes),
-        cache_limit=units.parse_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
+        cache_limit=_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
         log=Path(log) if log else None,
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
     )
@@ -53,6 +53,13 @@ def _size_or_auto(environ: Mapping[str, str], name: str) -> int | None:
         return None if text == "auto" else units.parse_bytes(text)
     except UsageError as error:
         raise UsageError(f"{name}: {error} Or leave it at auto.") from error
+
+
+def _share(text: str) -> float:
+    try:
+        return units.parse_share(text)
+    except UsageError as error:
+        raise UsageError(f"KVPSI_CACHE_LIMIT: {error}") from error
 
 
 def _port(text: str) -> int:

@@ -1,0 +1,157 @@
+"""What users ask for with variables, and which vLLM is refused."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvpsi.engines.vllm import supported
+from kvpsi.engines.vllm.plugin import platform
+from kvpsi.engines.vllm.report import StatusServer, VllmStatus
+from kvpsi.engines.vllm.settings import settings_from
+from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
+from kvpsi.errors import EnvironmentProblem, UsageError
+
+MIB = 1 << 20
+
+
+def test_nothing_asked_for_is_the_default() -> None:
+    settings = settings_from({})
+    assert settings.law.low_bytes is None and settings.cache_limit == 1.0
+    assert settings.log is None and settings.status_port == 0
+
+
+def test_variables_have_the_names_of_the_options_of_the_server() -> None:
+    asked = {
+        "KVPSI_RESERVE": "64M",
+        "KVPSI_REGROW_ABOVE": "128M",
+        "KVPSI_CACHE_LIMIT": "70%",
+        "KVPSI_LOG": "/tmp/decisions.jsonl",
+        "KVPSI_STATUS_PORT": "9100",
+    }
+    settings = settings_from(asked)
+    assert (settings.law.low_bytes, settings.law.high_bytes) == (64 * MIB, 128 * MIB)
+    assert settings.cache_limit == 0.7
+    assert settings.log == Path("/tmp/decisions.jsonl") and settings.status_port == 9100
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("KVPSI_RESERVE", "much"),
+        ("KVPSI_REGROW_ABOVE", "-1"),
+        ("KVPSI_CACHE_LIMIT", "170%"),
+        ("KVPSI_STATUS_PORT", "70000"),
+        ("KVPSI_STATUS_PORT", "http"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        settings_from({name: text})
+
+
+def test_growing_below_the_reserve_is_refused() -> None:
+    with pytest.raises(UsageError, match="KVPSI_REGROW_ABOVE"):
+        settings_from({"KVPSI_RESERVE": "64M", "KVPSI_REGROW_ABOVE": "32M"})
+
+
+def test_the_plugin_is_asleep_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVPSI_VLLM", raising=False)
+    assert platform() is None
+    monkeypatch.setenv("KVPSI_VLLM", "1")
+    assert platform() == "kvpsi.engines.vllm.platform.ElasticCpuPlatform"
+
+
+@pytest.mark.parametrize("version", ["", "0.31.2", "0.33.0", "1.0", "0.3.2"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(UsageError, match="or start vLLM without"):
+        refuse_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
+def test_tested_versions_are_not(version: str) -> None:
+    refuse_version(version)
+
+
+def config(**changes: Any) -> Any:
+    values = {"kv_transfer_config": None, "speculative_config": None, "pipeline_parallel_size": 1, "async": False}
+    values.update(changes)
+    return SimpleNamespace(
+        kv_transfer_config=values["kv_transfer_config"],
+        speculative_config=values["speculative_config"],
+        parallel_config=SimpleNamespace(pipeline_parallel_size=values["pipeline_parallel_size"]),
+        scheduler_config=SimpleNamespace(async_scheduling=values["async"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"async": True}, "--async-scheduling"),
+    ],
+)
+def test_ways_to_use_blocks_that_are_not_known_are_refused(
+    changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supported, "installed_version", lambda: "0.32.0")
+    refuse_unsupported(config())
+    with pytest.raises(UsageError, match=named):
+        refuse_unsupported(config(**changes))
+
+
+def test_blocks_of_several_kinds_are_refused() -> None:
+    refuse_cache(SimpleNamespace(kv_cache_groups=[object()]))
+    with pytest.raises(UsageError, match="2 kinds"):
+        refuse_cache(SimpleNamespace(kv_cache_groups=[object(), object()]))
+
+
+STATUS = VllmStatus(
+    running=1,
+    waiting=2,
+    capacity_bytes=100,
+    used_bytes=30,
+    committed_bytes=40,
+    resident_bytes=41,
+    limit_bytes=60,
+    headroom_bytes=500,
+    memory_limit_bytes=1000,
+    memory_pressure=0.1,
+    concurrency_limit=4,
+    stall_s=0.5,
+    releases=3,
+    returned_bytes=70,
+    pauses=5,
+    governed=True,
+    reason="calm",
+    blocks=10,
+    pool_blocks=6,
+)
+
+
+def get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+        return str(response.read().decode())
+
+
+def test_status_and_metrics_are_served() -> None:
+    server = StatusServer(0, lambda: STATUS)
+    try:
+        assert json.loads(get(server.port, "/status"))["returned_bytes"] == 70
+        metrics = get(server.port, "/metrics").splitlines()
+        assert "kvpsi_kv_resident_bytes 41.0" in metrics and "kvpsi_returned_bytes_total 70.0" in metrics
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(server.port, "/")
+        refused.value.close()
+        with pytest.raises(EnvironmentProblem, match="KVPSI_STATUS_PORT"):
+            StatusServer(server.port, lambda: STATUS)
+    finally:
+        server.close()
