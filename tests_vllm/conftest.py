@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from asked import N_TOKENS, PROMPTS, STEERED, STEERED_OPTIONS, Stock
 from convert import convert
 from kvpsi import models
+from kvpsi.board import BoardPlaces, find_places
+from kvpsi.errors import EnvironmentProblem
 from kvpsi.models.store import cache_dir
 from served import Served, serving
 
-N_TOKENS = 100
-STORIES = ["a keeper of a lighthouse", "a lost dog", "three bakers", "the last bus", "an old radio", "snow in May"]
-PROMPTS = [
-    f"Story {i}. This is a long and careful story about {STORIES[i % len(STORIES)]}, told on evening {i}. "
-    + f"On that evening number {i}, the people of the town came together and listened to the wind. " * (4 + i % 7)
-    for i in range(24)
-]
-STEERED = {"KVPSI_VLLM": "1"}
-STEERED_OPTIONS = ("--scheduler-cls", "steered.SteeredScheduler")
 
-
-@dataclass(frozen=True)
-class Stock:
-    """What stock vLLM answers, and its memory when it has just started."""
-
-    texts: dict[str, str]
-    idle_rss_bytes: int
+@pytest.fixture(scope="session")
+def board_places() -> BoardPlaces:
+    """Skips, or fails with KVPSI_REQUIRE_PRESSURE=1, where no real memory pressure can be made."""
+    try:
+        return find_places()
+    except EnvironmentProblem as why:
+        if os.environ.get("KVPSI_REQUIRE_PRESSURE") == "1":
+            pytest.fail(f"KVPSI_REQUIRE_PRESSURE=1 is set, but: {why}", pytrace=False)
+        pytest.skip(f"NO PRESSURE TESTS HERE: {why}")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 class Served:
     """A running server."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[Any]
     url: str
     status_url: str
     log: Path
@@ -112,8 +112,20 @@ def _read(url: str) -> str:
         return str(response.read().decode())
 
 
+class Starts(Protocol):
+    """Starts a command, here or on a board."""
+
+    def __call__(self, command: Sequence[str], *, env: dict[str, str], stdout: Any, stderr: Any) -> Any: ...
+
+
 @contextlib.contextmanager
-def serving(model: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
+def serving(
+    model: Path,
+    folder: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    start: Starts = subprocess.Popen,
+) -> Iterator[Served]:
     """A server until the block ends; stock vLLM unless ``environment`` says otherwise."""
     port, status_port = _free_port(), _free_port()
     log = folder / "vllm.log"
@@ -124,7 +136,7 @@ def serving(model: Path, folder: Path, *options: str, environment: Mapping[str, 
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, **ENVIRONMENT, **own, "PYTHONPATH": path, **(environment or {})}
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, *OPTIONS, *options], env=environ, stdout=output, stderr=output)
+        process = start([*command, *OPTIONS, *options], env=environ, stdout=output, stderr=output)
     served = Served(process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{status_port}", log, folder)
     try:
         deadline_s = time.monotonic() + START_S
@@ -149,7 +161,7 @@ def _is_ready(served: Served) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[Any]) -> None:
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import N_TOKENS, PROMPTS, STEERED, STEERED_OPTIONS, Stock
+from asked import N_TOKENS, PROMPTS, STEERED, STEERED_OPTIONS, Stock
 from served import OPTIONS, serving
 from test_balloon_in_vllm import FLOOR, until
 

@@ -31,6 +31,7 @@ from kvpsi.status import CacheStatus
 
 log = logging.getLogger("vllm.kvpsi")
 _LOOK_S = 1.0
+_STOP_S = 5.0
 
 
 class Block(Protocol):
@@ -260,7 +261,7 @@ class Balloon:
         self._ended.set()
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_STOP_S)  # a worker that does not answer holds it up
         with self.lock:
             self._stay()
             self._allow(self._most)

@@ -66,7 +66,7 @@ class ReleaseServer:
         with self._listener:
             while True:
                 connection, _ = self._listener.accept()
-                with connection, contextlib.suppress(OSError):  # the scheduler is gone
+                with connection, contextlib.suppress(OSError, ValueError):  # it is gone, or nobody to talk to
                     if _is_own(connection):
                         self._serve(connection)
 
@@ -101,8 +101,8 @@ class Workers:
         except BaseException:
             self._stack.close()
             raise
-        self.n_blocks = min(each["n_blocks"] for each in told)
-        self.block_bytes = sum(each["block_bytes"] for each in told)
+        self.n_blocks = min(int(each["n_blocks"]) for each in told)
+        self.block_bytes = sum(int(each["block_bytes"]) for each in told)
 
     def release(self, runs: Iterable[Run]) -> int:
         """Have runs of blocks given back by all; the bytes that went back. Returns when it is done.

@@ -18,7 +18,7 @@ from kvpsi.engines.vllm.channel import Workers, address_of
 from kvpsi.engines.vllm.report import StatusServer, VllmStatus
 from kvpsi.engines.vllm.settings import VllmSettings, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported
-from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.errors import EnvironmentProblem, LayoutError, UsageError
 from kvpsi.governor import Governor
 from kvpsi.instrument import Instrument, Instruments, JsonLines
 from kvpsi.units import format_bytes
@@ -32,35 +32,40 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
     Raises:
         UsageError: this vLLM, or what it is asked for, is not supported.
         EnvironmentProblem: a worker does not listen.
+        LayoutError: it has other blocks than the scheduler.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         refuse_unsupported(self.vllm_config)
         refuse_cache(self.kv_cache_config)
-        settings = settings_from()
         self._most_active_reqs = int(vars(self)["max_num_active_reqs"])
         self._veto_stall = AdaptiveSettings().memory_stall
         self.pauses = 0
-        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:  # what was begun ends if the rest cannot begin
+            self._begin(settings_from(), stack)
+            self._closing = stack.pop_all()
+
+    def _begin(self, settings: VllmSettings, stack: contextlib.ExitStack) -> None:
         parallel = self.vllm_config.parallel_config
         self.workers = Workers([address_of(self.vllm_config, rank) for rank in range(parallel.world_size)])
-        self._closing.callback(self.workers.close)
+        stack.callback(self.workers.close)
         instrument = Instruments([_Told()])
         if settings.log is not None:
-            instrument.members.append(JsonLines(self._closing.enter_context(_opened(settings.log))))
+            instrument.members.append(JsonLines(stack.enter_context(_opened(settings.log))))
         self.balloon = self._make_balloon(settings, instrument)
-        self._closing.callback(self.balloon.stop)
+        stack.callback(self.balloon.stop)
         self.balloon.start()
         self.governor = self.make_governor(self.balloon, settings, instrument)
-        self._closing.callback(self.governor.stop)
+        stack.callback(self.governor.stop)
         self.governor.start()
         if settings.status_port:
-            rank = self.vllm_config.parallel_config.data_parallel_rank
-            self._closing.callback(StatusServer(settings.status_port + rank, self.status).close)
+            stack.callback(StatusServer(settings.status_port + parallel.data_parallel_rank, self.status).close)
 
     def _make_balloon(self, settings: VllmSettings, instrument: Instrument) -> Balloon:
         pool = self.kv_cache_manager.block_pool
+        if self.workers.n_blocks != pool.num_gpu_blocks:
+            raise LayoutError("Scheduler and workers do not have the same KV blocks; start vLLM without KVPSI_VLLM=1.")
         floor = -(-self.max_model_len // self.block_size) + 1
         most = round(settings.cache_limit * (pool.num_gpu_blocks - 1))
         sizes = BalloonSettings(self.workers.block_bytes, floor_blocks=floor, most_blocks=most)

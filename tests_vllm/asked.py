@@ -1,0 +1,23 @@
+"""What all tests with real vLLM ask, and what stock vLLM makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+N_TOKENS = 100
+STORIES = ["a keeper of a lighthouse", "a lost dog", "three bakers", "the last bus", "an old radio", "snow in May"]
+PROMPTS = [
+    f"Story {i}. This is a long and careful story about {STORIES[i % len(STORIES)]}, told on evening {i}. "
+    + f"On that evening number {i}, the people of the town came together and listened to the wind. " * (4 + i % 7)
+    for i in range(24)
+]
+STEERED = {"KVPSI_VLLM": "1"}
+STEERED_OPTIONS = ("--scheduler-cls", "steered.SteeredScheduler")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What stock vLLM answers, and its memory when it has just started."""
+
+    texts: dict[str, str]
+    idle_rss_bytes: int
