@@ -66,7 +66,7 @@ def test_governed_vllm_and_its_neighbour_live_and_blocks_come_back(
             assert board.figures().kills == 0 and served.process.poll() is None
             assert least_bytes[0] < before["committed_bytes"] - 100 * MIB
             assert not wrong
-            until(lambda: served.status()["pool_blocks"] == served.status()["blocks"], 60)
+            until(lambda: served.status()["limit_bytes"] > 600 * MIB, 60)  # not all: the law leaves room for others
     assert not left_behind(board_places, os.getpid())
 
 
