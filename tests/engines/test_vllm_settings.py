@@ -17,13 +17,14 @@ from kvpsi.engines.vllm.report import StatusServer, VllmStatus
 from kvpsi.engines.vllm.settings import settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
 from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.governor import AdaptSettings
 
 MIB = 1 << 20
 
 
 def test_nothing_asked_for_is_the_default() -> None:
     settings = settings_from({})
-    assert settings.law.low_bytes is None and settings.cache_limit == 1.0
+    assert settings.law.low_bytes is None and settings.adapt is None and settings.cache_limit == 1.0
     assert settings.log is None and settings.status_port == 0
 
 
@@ -34,9 +35,12 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         "KVPSI_CACHE_LIMIT": "70%",
         "KVPSI_LOG": "/tmp/decisions.jsonl",
         "KVPSI_STATUS_PORT": "9100",
+        "KVPSI_LAW": "calm_hold_s=1",
+        "KVPSI_ADAPT": "1",
     }
     settings = settings_from(asked)
     assert (settings.law.low_bytes, settings.law.high_bytes) == (64 * MIB, 128 * MIB)
+    assert settings.law.calm_hold_s == 1 and settings.adapt == AdaptSettings(fixed=frozenset({"calm_hold_s"}))
     assert settings.cache_limit == 0.7
     assert settings.log == Path("/tmp/decisions.jsonl") and settings.status_port == 9100
 
@@ -47,6 +51,7 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         ("KVPSI_RESERVE", "much"),
         ("KVPSI_REGROW_ABOVE", "-1"),
         ("KVPSI_CACHE_LIMIT", "170%"),
+        ("KVPSI_LAW", "speed=3"),
         ("KVPSI_STATUS_PORT", "70000"),
         ("KVPSI_STATUS_PORT", "http"),
     ],

@@ -80,7 +80,9 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
     def make_governor(self, balloon: Balloon, settings: VllmSettings, instrument: Instrument) -> Governor:
         """What says how large the pool may be: this machine's kernel, by the law."""
         source, trigger = best_sensing(0)  # vLLM holds weights in memory of its own
-        return Governor(balloon, source, settings=settings.law, trigger=trigger, instrument=instrument)
+        return Governor(
+            balloon, source, settings=settings.law, adapt=settings.adapt, trigger=trigger, instrument=instrument
+        )
 
     @property
     def concurrency_limit(self) -> int:

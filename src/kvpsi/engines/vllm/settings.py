@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvpsi import units
+from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.errors import UsageError
-from kvpsi.governor import LawSettings
+from kvpsi.governor import AdaptSettings, LawSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +18,15 @@ class VllmSettings:
     """The variables have the names that `kvpsi serve` knows.
 
     Attributes:
-        law: constants of the control law (``KVPSI_RESERVE``, ``KVPSI_REGROW_ABOVE``).
+        law: constants of the control law (``KVPSI_RESERVE``, ``KVPSI_REGROW_ABOVE``, ``KVPSI_LAW``).
+        adapt: whether they follow what the machine shows (``KVPSI_ADAPT=1``); None: they stay as they are.
         cache_limit: most of the cache to use, a share (``KVPSI_CACHE_LIMIT``).
         log: where decisions are written as JSON lines (``KVPSI_LOG``).
         status_port: where status and metrics can be read on this machine (``KVPSI_STATUS_PORT``); 0: nowhere.
     """
 
     law: LawSettings = field(default_factory=LawSettings)
+    adapt: AdaptSettings | None = None
     cache_limit: float = 1.0
     log: Path | None = None
     status_port: int = 0
@@ -35,24 +38,21 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
     Raises:
         UsageError: a variable is not what it must be; the sentence names it.
     """
-    low_bytes, high_bytes = _size_or_auto(environ, "KVPSI_RESERVE"), _size_or_auto(environ, "KVPSI_REGROW_ABOVE")
-    if low_bytes is not None and high_bytes is not None and high_bytes < low_bytes:
-        raise UsageError("KVPSI_REGROW_ABOVE is below KVPSI_RESERVE, so blocks would come and go at once; raise it.")
-    log = environ.get("KVPSI_LOG")
+    law, log = environ.get("KVPSI_LAW", ""), environ.get("KVPSI_LOG")
+    try:
+        constants = law_settings(
+            environ.get("KVPSI_RESERVE", "auto"), environ.get("KVPSI_REGROW_ABOVE", "auto"), law=law
+        )
+        adapt = adapt_settings(environ.get("KVPSI_ADAPT") == "1", law)
+    except UsageError as error:
+        raise UsageError(f"In KVPSI_RESERVE, KVPSI_REGROW_ABOVE or KVPSI_LAW, {error}") from error
     return VllmSettings(
-        law=LawSettings(low_bytes=low_bytes, high_bytes=high_bytes),
+        law=constants,
+        adapt=adapt,
         cache_limit=_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
         log=Path(log) if log else None,
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
     )
-
-
-def _size_or_auto(environ: Mapping[str, str], name: str) -> int | None:
-    text = environ.get(name, "auto")
-    try:
-        return None if text == "auto" else units.parse_bytes(text)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error} Or leave it at auto.") from error
 
 
 def _share(text: str) -> float:
