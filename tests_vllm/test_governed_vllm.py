@@ -74,5 +74,6 @@ def test_stock_vllm_or_its_neighbour_is_killed_there(board_places: BoardPlaces, 
     with open_board(BOARD) as board, serving(model, tmp_path, start=partial(board.start, group="model")) as served:
         served.answers(PROMPTS[:8], 20)
         fared = a_neighbour(board).wait()
+        print(f"stock vLLM: {board.figures().kills} killed, the neighbour by {fared.killed_by or 'nobody'}")
         assert fared.killed_by is not None or board.figures().kills > 0
     assert not left_behind(board_places, os.getpid())

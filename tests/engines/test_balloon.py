@@ -120,6 +120,12 @@ def test_never_below_the_floor_and_never_above_the_most() -> None:
     assert machine.pool.get_num_free_blocks() == 30
 
 
+def test_the_most_is_not_below_the_floor() -> None:
+    machine = Machine(most_blocks=0)
+    machine.balloon.settle()
+    assert machine.pool.get_num_free_blocks() == machine.balloon.allowed_blocks == 5
+
+
 def test_blocks_in_use_stay_and_are_told(machine: Machine) -> None:
     blocks = machine.write(20)
     machine.balloon.set_limit(10 * SIZE, None)

@@ -133,9 +133,9 @@ class Balloon:
         self.returned_bytes = 0
         self.releases = 0
         self._pool, self._release, self._clock = pool, release, clock
-        self._most = min(self.n_blocks, settings.most_blocks or self.n_blocks)
         self._floor = min(settings.floor_blocks, self.n_blocks)
-        self._most = max(self._most, self._floor)
+        most = self.n_blocks if settings.most_blocks is None else min(settings.most_blocks, self.n_blocks)
+        self._most = max(most, self._floor)
         self._allowed = self._most
         self._resident = set(range(1, pool.num_gpu_blocks))  # vLLM writes zeros over everything when it starts
         self._idle_since_s = dict.fromkeys(self._resident, -math.inf)
@@ -198,11 +198,6 @@ class Balloon:
     def pool_blocks(self) -> int:
         """Blocks that are in the pool, used or free."""
         return self.n_blocks - len(self._out) - len(self._leaving) - len(self._releasing)
-
-    @property
-    def resident_blocks(self) -> int:
-        """Blocks that hold memory."""
-        return len(self._resident)
 
     @property
     def beyond_limit(self) -> bool:
