@@ -40,7 +40,7 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
     }
     settings = settings_from(asked)
     assert (settings.law.low_bytes, settings.law.high_bytes) == (64 * MIB, 128 * MIB)
-    assert settings.law.calm_hold_s == 1 and settings.adapt == AdaptSettings(fixed=frozenset({"calm_hold_s"}))
+    assert settings.law.calm_hold_s == 1 and settings.adapt == AdaptSettings(fixed=("calm_hold_s",))
     assert settings.cache_limit == 0.7
     assert settings.log == Path("/tmp/decisions.jsonl") and settings.status_port == 9100
 
