@@ -57,12 +57,11 @@ $(READY): pyproject.toml
 	$(BIN)/kvpsi pull
 	@touch $@
 
-# torch's build for processors is not on PyPI
+# a build of torch for processors is enough: pip's own settings say where it comes from
 $(VLLM_VENV)/.ready: tests_vllm/requirements.txt pyproject.toml
 	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	torch=$$(grep '^torch==' $<) && { $(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$torch" || \
-	    $(VLLM_VENV)/bin/python -m pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$$torch"; }
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$(grep '^torch==' $<)"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement $<
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
