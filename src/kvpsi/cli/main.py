@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpsi import __version__
-from kvpsi.cli import bench, board, doctor, generate, hog, plan, pull, serve, simulate, top, tune
+from kvpsi.cli import bench, board, doctor, generate, hog, kvcached, plan, pull, serve, simulate, top, tune
 from kvpsi.cli.output import INTERRUPTED, one_line
 from kvpsi.errors import KvpsiError
 
@@ -35,6 +35,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(board.app, name="board")
 app.command()(doctor.doctor)
 app.command()(hog.hog)
+app.command()(kvcached.kvcached)
 app.command()(plan.plan)
 app.command()(pull.pull)
 app.command()(serve.serve)
