@@ -10,9 +10,10 @@ QUESTION ?= At what water level does the station send the red alarm?
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= elastic
+BENCH_VLLM_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run ask test test-vllm lint format bench setup clean
+.PHONY: help run ask test test-vllm lint format bench bench-vllm setup clean
 
 help:  ## Show what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -41,6 +42,9 @@ format: $(READY)  ## Bring the code into the common format
 
 bench: $(READY)  ## Run the measurements; BENCH_ARGS chooses which
 	$(BIN)/kvpsi bench $(BENCH_ARGS)
+
+bench-vllm: $(VLLM_VENV)/.ready  ## Measure a governed vLLM beside stock vLLM, in the environment of its tests
+	$(VLLM_VENV)/bin/kvpsi bench vllm $(BENCH_VLLM_ARGS)
 
 setup: $(READY)  ## Only set up .venv and the default model
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from kvpsi.bench.vllm.server import Setting
 
 N_TOKENS = 100
 STORIES = ["a keeper of a lighthouse", "a lost dog", "three bakers", "the last bus", "an old radio", "snow in May"]
@@ -11,8 +13,7 @@ PROMPTS = [
     + f"On that evening number {i}, the people of the town came together and listened to the wind. " * (4 + i % 7)
     for i in range(24)
 ]
-STEERED = {"KVPSI_VLLM": "1"}
-STEERED_OPTIONS = ("--scheduler-cls", "steered.SteeredScheduler")
+STEERED = ("--scheduler-cls", "steered.SteeredScheduler")
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,8 @@ class Stock:
 
     texts: dict[str, str]
     idle_rss_bytes: int
+
+
+def with_options(setting: Setting, *options: str) -> Setting:
+    """The same with more of vLLM's options."""
+    return replace(setting, options=(*setting.options, *options))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from asked import N_TOKENS, PROMPTS, STEERED, STEERED_OPTIONS, Stock
-from convert import convert
+from asked import N_TOKENS, PROMPTS, STEERED, Stock, with_options
 from kvpsi import models
+from kvpsi.bench.vllm.model import folder_of
+from kvpsi.bench.vllm.server import GOVERNED, Setting
 from kvpsi.board import BoardPlaces, find_places
 from kvpsi.errors import EnvironmentProblem
-from kvpsi.models.store import cache_dir
 from served import Served, serving
 
 
@@ -29,25 +28,21 @@ def board_places() -> BoardPlaces:
 
 
 @pytest.fixture(scope="session")
-def model() -> Path:
+def setting() -> Setting:
     """The default model; converted the first time, and kept beside the others."""
-    gguf = models.default_model_path()
-    folder = cache_dir() / "vllm" / gguf.stem
-    convert(gguf, folder)
-    return folder
+    return Setting(folder_of(models.default_model_path()))
 
 
 @pytest.fixture(scope="session")
-def stock(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stock:
+def stock(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Stock:
     """Answers without kvpsi."""
-    with serving(model, tmp_path_factory.mktemp("stock")) as served:
+    with serving(setting, tmp_path_factory.mktemp("stock")) as served:
         rss_bytes = served.rss_bytes()
         return Stock(dict(zip(PROMPTS, served.answers(PROMPTS, N_TOKENS), strict=True)), rss_bytes)
 
 
 @pytest.fixture(scope="module")
-def steered(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def steered(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server whose limit is what the test says."""
-    folder = tmp_path_factory.mktemp("steered")
-    with serving(model, folder, *STEERED_OPTIONS, environment=STEERED) as served:
+    with serving(with_options(setting, *STEERED), tmp_path_factory.mktemp("steered"), GOVERNED) as served:
         yield served

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from asked import N_TOKENS, PROMPTS, STEERED, STEERED_OPTIONS, Stock
-from served import OPTIONS, serving
+from asked import N_TOKENS, PROMPTS, STEERED, Stock, with_options
+from kvpsi.bench.vllm.server import Setting
+from served import serving
 from test_balloon_in_vllm import FLOOR, until
 
 pytestmark = pytest.mark.timeout(1800)
 
 
-def test_a_worker_whose_thread_dies_leaves_vllm_its_blocks(model: Path, stock: Stock, tmp_path: Path) -> None:
-    options = (*STEERED_OPTIONS, "--worker-cls", "steered.MortalWorker")
-    with serving(model, tmp_path, *options, environment=STEERED) as served:
+def test_a_worker_whose_thread_dies_leaves_vllm_its_blocks(setting: Setting, stock: Stock, tmp_path: Path) -> None:
+    by_options = with_options(setting, *STEERED, "--worker-cls", "steered.MortalWorker")
+    with serving(by_options, tmp_path) as served:
         served.answer(PROMPTS[0], N_TOKENS)
         (tmp_path / "die").touch()
         served.limit(FLOOR)
@@ -27,13 +28,13 @@ def test_a_worker_whose_thread_dies_leaves_vllm_its_blocks(model: Path, stock: S
         assert "all blocks are vLLM's again" in served.log.read_text()
 
 
-def test_what_is_not_supported_does_not_start_and_says_why(model: Path) -> None:
+def test_what_is_not_supported_does_not_start_and_says_why(setting: Setting) -> None:
     program = (
         "import sys; from kvpsi.engines.vllm import supported; supported.TESTED_VERSION = '0.1'; "
         "from vllm import LLM; LLM(sys.argv[1])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(model), *OPTIONS],
+        [sys.executable, "-c", program, str(setting.model)],
         env={"KVPSI_VLLM": "1", "PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from asked import N_TOKENS, PROMPTS, Stock
+from kvpsi.bench.vllm.server import GOVERNED, Setting
 from kvpsi.board import Board, BoardPlaces, BoardSettings, open_board
 from kvpsi.hog import Hog, HogSettings
 from served import Served, serving
@@ -32,11 +33,11 @@ def a_neighbour(board: Board) -> Hog:
 
 
 def test_governed_vllm_and_its_neighbour_live_and_blocks_come_back(
-    board_places: BoardPlaces, model: Path, stock: Stock, tmp_path: Path
+    board_places: BoardPlaces, setting: Setting, stock: Stock, tmp_path: Path
 ) -> None:
     with open_board(BOARD) as board:
         start = partial(board.start, group="model")
-        with serving(model, tmp_path, environment={"KVPSI_VLLM": "1"}, start=start) as served:
+        with serving(setting, tmp_path, GOVERNED, start) as served:
             fill(served)
             before, least_bytes, wrong = served.status(), [1 << 62], []
             neighbour, ended = a_neighbour(board), threading.Event()
@@ -70,8 +71,10 @@ def test_governed_vllm_and_its_neighbour_live_and_blocks_come_back(
     assert not left_behind(board_places, os.getpid())
 
 
-def test_stock_vllm_or_its_neighbour_is_killed_there(board_places: BoardPlaces, model: Path, tmp_path: Path) -> None:
-    with open_board(BOARD) as board, serving(model, tmp_path, start=partial(board.start, group="model")) as served:
+def test_stock_vllm_or_its_neighbour_is_killed_there(
+    board_places: BoardPlaces, setting: Setting, tmp_path: Path
+) -> None:
+    with open_board(BOARD) as board, serving(setting, tmp_path, start=partial(board.start, group="model")) as served:
         served.answers(PROMPTS[:8], 20)
         fared = a_neighbour(board).wait()
         print(f"stock vLLM: {board.figures().kills} killed, the neighbour by {fared.killed_by or 'nobody'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpsi.board.board import SwapKind
@@ -39,16 +39,17 @@ class Scenario:
     hog: HogSettings
 
 
-def draw(count: int, seed: int, room_bytes: Mapping[int, int]) -> list[Scenario]:
+def draw(count: int, seed: int, room_bytes: Mapping[int, int], swaps: Sequence[SwapKind] = _SWAPS) -> list[Scenario]:
     """``count`` scenarios.
 
     Args:
         count: how many.
         seed: the same seed draws the same list, as far as the room is the same.
         room_bytes: what a neighbour may take beside so many models at their floor.
+        swaps: of the boards.
     """
     rng = random.Random(seed)
-    combinations = list(itertools.product(_SWAPS, (1, 2), (True, False), _SHAPES))
+    combinations = list(itertools.product(swaps, room_bytes, (True, False), _SHAPES))
     rng.shuffle(combinations)
     scenarios = []
     for number, (swap, n_models, full, shape) in enumerate(itertools.islice(itertools.cycle(combinations), count)):

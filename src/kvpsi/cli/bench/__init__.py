@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kvpsi.cli.bench import admission, answers, elastic, oom, pressure, quality, react, sessions, throughput
+from kvpsi.cli.bench import admission, answers, elastic, oom, pressure, quality, react, sessions, throughput, vllm
 
 app = typer.Typer(help="Measure what kvpsi claims, on this machine.", no_args_is_help=True)
 app.command()(admission.admission)
@@ -16,6 +16,7 @@ app.command()(quality.quality)
 app.command()(react.react)
 app.command()(sessions.sessions)
 app.command()(throughput.throughput)
+app.command()(vllm.vllm)
 
 
 @app.callback()

@@ -1,0 +1,143 @@
+"""Plays one scenario once: a fresh board, a vLLM with clients, and a neighbour until it is done or dead."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Literal, get_args
+
+from kvpsi.bench.client import attempt, load, said_by
+from kvpsi.bench.oom.scenarios import Scenario
+from kvpsi.bench.prompts import draw
+from kvpsi.bench.vllm.calm import N_PREDICT
+from kvpsi.bench.vllm.server import GOVERNED, Server, Setting, serving
+from kvpsi.board import Board, BoardSettings, open_board
+from kvpsi.hog import Hog, HogReport
+
+Variant = Literal["kvpsi", "stock"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+_FULL_PROMPTS = 96
+_FULL_SENTENCES = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of it.
+
+    Attributes:
+        answers: afterwards, vLLM answers a question.
+        answered: requests during the scenario that got their answer.
+        failed: requests that did not.
+        before_bytes: what the blocks held before the neighbour came; 0 for stock, which does not say.
+        returned_bytes: what was given back from then on; 0 for stock.
+    """
+
+    scenario: Scenario
+    variant: Variant
+    hog: HogReport
+    kills: int
+    answers: bool
+    answered: int
+    failed: int
+    peak_bytes: int
+    stall_s: float
+    before_bytes: int
+    returned_bytes: int
+
+
+@contextmanager
+def on_a_board(
+    setting: Setting, variant: Variant, memory_bytes: int, **environment: str
+) -> Iterator[tuple[Board, Server]]:
+    """A board with a server, that has just started.
+
+    Raises:
+        EnvironmentProblem: no board can be made here, or the server did not come up.
+    """
+    with open_board(BoardSettings(memory_bytes)) as board, tempfile.TemporaryDirectory(prefix="kvpsi-bench-") as folder:
+        start = partial(board.start, group="model")
+        own = {**GOVERNED, **environment} if variant == "kvpsi" else {}
+        with serving(setting, Path(folder) / "vllm.log", own, start) as server:
+            yield board, server
+
+
+def play(scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: int, n_clients: int) -> Outcome:
+    """Play it.
+
+    Raises:
+        EnvironmentProblem: no board can be made here, or the server did not come up.
+    """
+    with on_a_board(setting, variant, memory_bytes) as (board, server):
+        if scenario.full:
+            load(server.url, draw(_FULL_PROMPTS, scenario.number, _FULL_SENTENCES), n_clients, 1)
+        before = server.status() if variant == "kvpsi" else {}
+        clients = _Clients(server, scenario.number, n_clients)
+        try:
+            hog = Hog(scenario.hog, lambda command: board.start(command, group="hog", stdout=subprocess.PIPE))
+            fared = hog.wait()
+        finally:
+            clients.end()
+        answers = not attempt(server.url, [said_by("user", "Hello")], 8).problem
+        after = server.status() if variant == "kvpsi" and answers else before
+        figures = board.figures()
+    return Outcome(
+        scenario,
+        variant,
+        fared,
+        figures.kills,
+        answers,
+        clients.answered,
+        clients.failed,
+        figures.peak_bytes or 0,
+        figures.stall_s or 0.0,
+        before.get("committed_bytes", 0),
+        after.get("returned_bytes", 0) - before.get("returned_bytes", 0),
+    )
+
+
+def least_bytes(setting: Setting, memory_bytes: int, n_clients: int) -> int:
+    """What a vLLM that uses as few blocks as it can takes on a board while it answers.
+
+    Raises:
+        EnvironmentProblem: as `play`.
+    """
+    with on_a_board(setting, "kvpsi", memory_bytes, KVPSI_CACHE_LIMIT="1%") as (board, server):
+        load(server.url, draw(2 * n_clients, 0), n_clients, N_PREDICT)
+        return board.cgroups.usage_bytes() or 0
+
+
+class _Clients:
+    """Ask one question after the other, each client until the end, or until it gets no answer."""
+
+    def __init__(self, server: Server, seed: int, n_clients: int) -> None:
+        self.answered = self.failed = 0
+        self._server, self._seed = server, seed
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(n_clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, client: int) -> None:
+        for number in count():
+            if self._ended.is_set():
+                return
+            (prompt,) = draw(1, hash((self._seed, client, number)))
+            problem = attempt(self._server.url, [said_by("user", prompt)], N_PREDICT).problem
+            with self._lock:
+                self.answered += not problem
+                self.failed += bool(problem)
+            if problem:
+                return
+
+    def end(self) -> None:
+        """Wait for the answers that were begun."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()

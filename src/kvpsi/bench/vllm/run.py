@@ -1,0 +1,179 @@
+"""Compares a stock and a governed vLLM: by turns while calm, then each on boards with a neighbour."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpsi.bench.client import load
+from kvpsi.bench.figures import Figure
+from kvpsi.bench.oom.scenarios import draw
+from kvpsi.bench.processes import see_that_boards_can_be_made
+from kvpsi.bench.prompts import draw as draw_prompts
+from kvpsi.bench.table import Table
+from kvpsi.bench.vllm.board import VARIANTS, Outcome, least_bytes, play
+from kvpsi.bench.vllm.calm import N_PREDICT, Played, play_round
+from kvpsi.bench.vllm.server import GOVERNED, Setting, serving
+from kvpsi.board import BoardSettings
+from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.units import format_bytes
+
+Report = Callable[[str], None]
+_REQUESTS = 2
+_LEAST_ROOM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One comparison.
+
+    Attributes:
+        setting: of the servers.
+        rounds: how often both are asked by turns while calm; 0 leaves that out.
+        runs: scenarios on a board; 0 leaves them out.
+        seed: of prompts and scenarios.
+        memory_bytes: of a board.
+        n_clients: who ask at once.
+    """
+
+    setting: Setting
+    rounds: int = 12
+    runs: int = 20
+    seed: int = 1
+    memory_bytes: int = 3200 << 20
+    n_clients: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.runs) < 0 or self.rounds + self.runs == 0 or self.n_clients < 1:
+            raise UsageError("Nothing would be measured; give --rounds or --runs, and at least one client.")
+
+
+def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
+    """The whole bench as one JSON-ready document; Ctrl-C ends it with what there is by then.
+
+    Raises:
+        EnvironmentProblem: no board can be made here, or vLLM does not come up or fails a client while calm.
+    """
+    calm_table, board_table = Table(out_dir / "calm.csv"), Table(out_dir / "board.csv")
+    played: list[Played] = []
+    outcomes: list[Outcome] = []
+    saved_share: list[float] = []
+    room_bytes, interrupted = 0, False
+    try:
+        if plan.runs:
+            see_that_boards_can_be_made(BoardSettings(plan.memory_bytes))
+        if plan.rounds:
+            _calm(plan, report, calm_table, played, saved_share)
+        if plan.runs:
+            report("measuring what vLLM takes with the fewest blocks")
+            room_bytes = plan.memory_bytes - least_bytes(plan.setting, plan.memory_bytes, plan.n_clients)
+            if room_bytes < _LEAST_ROOM_BYTES:
+                raise EnvironmentProblem(
+                    f"A board of {format_bytes(plan.memory_bytes)} has no room for a neighbour beside vLLM; raise "
+                    "--memory."
+                )
+            for scenario in draw(plan.runs, plan.seed, {1: room_bytes}, swaps=("none",)):
+                for variant in VARIANTS if scenario.number % 2 else VARIANTS[::-1]:
+                    report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
+                    outcomes.append(play(scenario, variant, plan.setting, plan.memory_bytes, plan.n_clients))
+                    board_table.add(row_of(outcomes[-1]))
+    except KeyboardInterrupt:
+        interrupted = True
+    return {
+        "plan": {**asdict(plan), "setting": {**asdict(plan.setting), "model": plan.setting.model.name}},
+        "interrupted": interrupted,
+        "room_bytes": room_bytes,
+        "calm": [asdict(each) for each in played],
+        "board": [row_of(each) for each in outcomes],
+        "figures": [
+            f.as_json() for f in (*_idle_figures(saved_share), *calm_figures(played), *board_figures(outcomes))
+        ],
+        "problems": [*calm_table.problems, *board_table.problems],
+        "raw": [*calm_table.paths, *board_table.paths],
+    }
+
+
+def _calm(plan: Plan, report: Report, table: Table, played: list[Played], saved_share: list[float]) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvpsi-bench-")))
+        servers = {}
+        for name, environment in (("stock", {}), ("kvpsi", GOVERNED)):
+            report(f"starting vLLM, {name}")
+            servers[name] = stack.enter_context(serving(plan.setting, folder / f"{name}.log", environment))
+        less_bytes = servers["stock"].rss_bytes() - servers["kvpsi"].rss_bytes()
+        saved_share.append(less_bytes / servers["kvpsi"].status()["capacity_bytes"])
+        for name, server in servers.items():
+            report(f"warming up, {name}")
+            load(server.url, draw_prompts(plan.n_clients, -plan.seed), plan.n_clients, N_PREDICT)
+        for number in range(plan.rounds):
+            report(f"asking by turns, {number + 1} of {plan.rounds}")
+            for each in play_round(servers, number, plan.n_clients, _REQUESTS, plan.seed):
+                played.append(each)
+                table.add(asdict(each))
+
+
+def _told(outcomes: Sequence[Outcome]) -> str:
+    return ", ".join(f"{v} killed {sum(o.variant == v and bool(o.kills) for o in outcomes)}" for v in VARIANTS)
+
+
+def _idle_figures(saved_share: Sequence[float]) -> list[Figure]:
+    return [Figure("idle.memory_below_stock_to_cache", share, "", 0.8, ">=") for share in saved_share]
+
+
+def calm_figures(played: Sequence[Played]) -> list[Figure]:
+    """Tokens a second of kvpsi to stock's: the median of whole rounds' ratios."""
+    ratios = []
+    for number in dict.fromkeys(p.round for p in played):
+        speeds = {}
+        for name in VARIANTS:
+            mine = [p for p in played if (p.round, p.server) == (number, name)]
+            if len(mine) == 2:
+                speeds[name] = sum(p.tokens for p in mine) / sum(p.seconds for p in mine)
+        if len(speeds) == len(VARIANTS):
+            ratios.append(speeds["kvpsi"] / speeds["stock"])
+    return [Figure("calm.tok_s_to_stock", statistics.median(ratios), "", 0.98, ">=")] if ratios else []
+
+
+def board_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
+    """Who was killed, and whether all got their answers."""
+    governed, stock = ([o for o in outcomes if o.variant == variant] for variant in VARIANTS)
+    found = []
+    if governed:
+        found.append(Figure("kvpsi.runs_with_kills", float(sum(bool(o.kills) for o in governed)), "", 0.0, "=="))
+        lost = sum(not (o.answers and o.hog.completed) for o in governed)
+        found.append(Figure("kvpsi.runs_that_vllm_or_neighbour_did_not_survive", float(lost), "", 0.0, "=="))
+        found.append(Figure("kvpsi.failed_requests", float(sum(o.failed for o in governed)), "", 0.0, "=="))
+    if stock:
+        found.append(
+            Figure("stock.share_of_runs_with_kills", sum(bool(o.kills) for o in stock) / len(stock), "", 1.0, ">=")
+        )
+        found.append(Figure("stock.share_of_runs_with_vllm_killed", sum(not o.answers for o in stock) / len(stock), ""))
+    return found
+
+
+def row_of(outcome: Outcome) -> dict[str, object]:
+    """One scenario and variant in a line."""
+    scenario = outcome.scenario
+    return {
+        "number": scenario.number,
+        "variant": outcome.variant,
+        "full": scenario.full,
+        "shape": scenario.hog.shape,
+        "size_mib": scenario.hog.size_bytes >> 20,
+        "rate_mib_s": round(scenario.hog.rate_bytes_s / (1 << 20), 1),
+        "kills": outcome.kills,
+        "vllm_answers": outcome.answers,
+        "hog_killed_by": outcome.hog.killed_by,
+        "answered": outcome.answered,
+        "failed": outcome.failed,
+        "peak_mib": outcome.peak_bytes >> 20,
+        "stall_s": round(outcome.stall_s, 3),
+        "hog_stall_s": outcome.hog.stall_s,
+        "before_mib": outcome.before_bytes >> 20,
+        "returned_mib": outcome.returned_bytes >> 20,
+    }
