@@ -1,11 +1,18 @@
-"""The processes of a bench: whether they were killed, which is a result, or failed, which is not."""
+"""The processes of a bench: their ports, and whether they were killed, which is a result, or failed, which is not."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 
 from kvpsi.board import BoardSettings, open_board
 from kvpsi.errors import KvpsiError
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def must_have_been_killed(process: subprocess.Popen[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import psutil
 
+from kvpsi.bench.processes import free_port
 from kvpsi.engines.loading import LoadSettings
 from kvpsi.errors import EnvironmentProblem, UsageError
 
@@ -122,7 +122,7 @@ def running(name: Name, setting: Setting, start: Start = _start) -> Iterator[Run
     Raises:
         EnvironmentProblem: it did not come up.
     """
-    port = _free_port()
+    port = free_port()
     process = start(_command(name, setting, port))
     try:
         url = f"http://127.0.0.1:{port}/v1"
@@ -151,11 +151,6 @@ def _command(name: Name, s: Setting, port: int) -> list[str]:
     # by default each new request cuts the stream off that is being sent
     how = ["--flash_attn", "true", "--interrupt_requests", "false"]
     return [*python, "llama_cpp.server", "--model", str(s.model), "--port", str(port), *how, *sizes]
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _wait_until_it_answers(process: subprocess.Popen[Any], url: str, name: Name) -> None:

@@ -146,7 +146,7 @@ def board_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
     if governed:
         found.append(Figure("kvpsi.runs_with_kills", float(sum(bool(o.kills) for o in governed)), "", 0.0, "=="))
         lost = sum(not (o.answers and o.hog.completed) for o in governed)
-        found.append(Figure("kvpsi.runs_that_vllm_or_neighbour_did_not_survive", float(lost), "", 0.0, "=="))
+        found.append(Figure("kvpsi.runs_not_survived", float(lost), "", 0.0, "=="))
         found.append(Figure("kvpsi.failed_requests", float(sum(o.failed for o in governed)), "", 0.0, "=="))
     if stock:
         found.append(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from kvpsi.bench.processes import free_port
 from kvpsi.errors import EnvironmentProblem
 
 GOVERNED: Mapping[str, str] = {"KVPSI_VLLM": "1"}
@@ -98,7 +98,7 @@ def serving(
     Raises:
         EnvironmentProblem: it did not come up; ``log`` has what it said.
     """
-    port, status_port = _free_port(), _free_port()
+    port, status_port = free_port(), free_port()
     own = {"VLLM_CPU_KVCACHE_SPACE": str(setting.kv_gib), "KVPSI_STATUS_PORT": str(status_port)}
     environ = {**os.environ, **_ENVIRONMENT, **own, **(environment or {})}
     with log.open("wb") as output:
@@ -119,11 +119,6 @@ def read(url: str) -> str:
     """What is at an address."""
     with urllib.request.urlopen(url, timeout=30) as response:
         return str(response.read().decode())
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _is_ready(port: int) -> bool:
