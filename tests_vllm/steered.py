@@ -12,6 +12,7 @@ from kvpsi.engines.vllm.balloon import Balloon
 from kvpsi.engines.vllm.layout import BlockLayout, Run
 from kvpsi.engines.vllm.scheduler import ElasticScheduler
 from kvpsi.engines.vllm.worker import ElasticWorker
+from kvpsi.governor import LawSettings
 from kvpsi.pressure.reading import Headroom, Reading, Stall, StallLine, Swap
 
 FOLDER = Path(os.environ.get("KVPSI_TEST_FOLDER", "/nonexistent"))
@@ -22,6 +23,7 @@ class Steering:
 
     decision = None
     stall_s = 0.0
+    settings = LawSettings()
 
     def __init__(self, balloon: Balloon) -> None:
         self._balloon = balloon
@@ -37,6 +39,9 @@ class Steering:
             return None
         room = Headroom(0, 0.0, 0, 0, 0, "system")
         return Reading(0.0, 0.1, room, Stall(StallLine(share)), Stall(), Stall(), Swap())
+
+    def explained(self) -> list[str]:
+        return []
 
     def start(self) -> None:
         self._thread.start()

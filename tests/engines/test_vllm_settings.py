@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +10,9 @@ import pytest
 
 from kvpsi.engines.vllm import supported
 from kvpsi.engines.vllm.plugin import platform
-from kvpsi.engines.vllm.report import StatusServer, VllmStatus
 from kvpsi.engines.vllm.settings import settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
-from kvpsi.errors import EnvironmentProblem, UsageError
+from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings
 
 MIB = 1 << 20
@@ -117,46 +113,3 @@ def test_blocks_of_several_kinds_are_refused() -> None:
     refuse_cache(SimpleNamespace(kv_cache_groups=[object()]))
     with pytest.raises(UsageError, match="2 kinds"):
         refuse_cache(SimpleNamespace(kv_cache_groups=[object(), object()]))
-
-
-STATUS = VllmStatus(
-    running=1,
-    waiting=2,
-    capacity_bytes=100,
-    used_bytes=30,
-    committed_bytes=40,
-    resident_bytes=41,
-    limit_bytes=60,
-    headroom_bytes=500,
-    memory_limit_bytes=1000,
-    memory_pressure=0.1,
-    concurrency_limit=4,
-    stall_s=0.5,
-    releases=3,
-    returned_bytes=70,
-    pauses=5,
-    governed=True,
-    reason="calm",
-    blocks=10,
-    pool_blocks=6,
-)
-
-
-def get(port: int, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
-        return str(response.read().decode())
-
-
-def test_status_and_metrics_are_served() -> None:
-    server = StatusServer(0, lambda: STATUS)
-    try:
-        assert json.loads(get(server.port, "/status"))["returned_bytes"] == 70
-        metrics = get(server.port, "/metrics").splitlines()
-        assert "kvpsi_kv_resident_bytes 41.0" in metrics and "kvpsi_returned_bytes_total 70.0" in metrics
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            get(server.port, "/")
-        refused.value.close()
-        with pytest.raises(EnvironmentProblem, match="KVPSI_STATUS_PORT"):
-            StatusServer(server.port, lambda: STATUS)
-    finally:
-        server.close()

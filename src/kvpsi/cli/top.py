@@ -1,4 +1,4 @@
-"""``kvpsi top``: what a running server is doing, in a terminal."""
+"""``kvpsi top``: what a running server is doing, in a terminal; one that is vLLM tells less than `kvpsi serve`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,8 +70,13 @@ def top(
 
 def _others_bytes(status: dict[str, Any]) -> int:
     """What is neither free nor the conversations': it is how this changes that counts."""
-    own = status["committed_bytes"] + status["sessions_bytes"]
+    own = status["committed_bytes"] + status.get("sessions_bytes", 0)
     return int(status["memory_limit_bytes"] - status["headroom_bytes"] - own)
+
+
+def _held_bytes(status: dict[str, Any]) -> int:
+    """What conversations have in memory; only `kvpsi serve` saves some beside the cache."""
+    return int(status["resident_bytes"] + status.get("sessions_bytes", 0))
 
 
 def _status(url: str, api_key: str) -> dict[str, Any]:
@@ -110,9 +116,9 @@ class History:
 
     def add(self, status: dict[str, Any]) -> None:
         """Take note of a look."""
-        figures = {**status, "memory_bytes": status["resident_bytes"] + status["sessions_bytes"]}
+        figures = {**status, "memory_bytes": _held_bytes(status)}
         for name, values in self.series.items():
-            values.append(float(figures[name]))
+            values.append(float(figures.get(name, 0.0)))
         if not self.told or self.told[-1].partition("  ")[2] != status["reason"]:
             self.told.append(f"{time.strftime('%H:%M:%S')}  {status['reason']}")
 
@@ -128,39 +134,59 @@ def _screen(s: dict[str, Any], history: History) -> RenderableType:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    capacity, cache, saved = max(1, s["capacity_bytes"]), s["resident_bytes"], s["sessions_bytes"]
-    memory = f"{format_bytes(cache + saved)} of {format_bytes(capacity)}"
-    rows = [
-        ("memory pressure", f"{s['memory_pressure']:.1%}", "memory_pressure", 1.0),
-        ("headroom", format_bytes(s["headroom_bytes"]), "headroom_bytes", max(1, s["memory_limit_bytes"])),
-        ("tokens a second", f"{s['tokens_per_second']:.1f}", "tokens_per_second", None),
-        ("conversations", memory, "memory_bytes", capacity),
-    ]
-    for name, value, series, top_value in rows:
-        values = history.series[series]
-        table.add_row(name, value, sparkline(values, max([1.0, *values]) if top_value is None else top_value))
-    table.add_row("  in the cache", format_bytes(cache))
-    if s["all_may_hold_bytes"]:
-        due = f"{format_bytes(s['may_hold_bytes'])} of {format_bytes(s['all_may_hold_bytes'])}"
-        table.add_row("  share", due, f"weight {s['share_weight']:g} of {s['all_shares_weight']:g}")
-    kept = f"{s['sessions'] - s['sessions_parked']} ({format_bytes(saved)})"
-    table.add_row("  saved", kept, f"{s['sessions_dropped']} dropped, {s['pauses']} answers paused")
-    if s["sessions_parked"]:
-        table.add_row("  parked", f"{s['sessions_parked']} ({format_bytes(s['parked_bytes'])} on disk)")
-    requests = f"answering {s['running']} of {s['parallel']}, {s['waiting']} waiting, {s['finished']} finished"
-    rejected = sum(s["rejected"].values())
-    table.add_row("requests", requests, f"{s['failed']} failed, {s['cancelled']} cancelled, {rejected} rejected")
-    table.add_row("  at once", f"{s['concurrency_limit']} of {s['parallel']} at most", s["admission_reason"])
-    table.add_row("threads", str(s["threads"]), s["threads_reason"])
-    given = f"{format_bytes(s['returned_bytes'])} in {s['releases']} releases"
-    table.add_row(
-        "given back",
-        given,
-        f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten, {s['healed_tokens']} healed",
-    )
-    table.add_row("reserve", format_bytes(s["reserve_bytes"]), f"grows back above {format_bytes(s['regrow_bytes'])}")
-    for line in s["learned"]:
-        table.add_row("learned", "", line)
+    for row in (*_bars(s, history), *_held(s), *_asked(s), *_given(s)):
+        table.add_row(*row)
     for line in history.told:
         table.add_row("governor", *line.split("  ", 1))
     return Panel(table, title=f"kvpsi · {s['model']}", expand=False)
+
+
+def _bars(s: dict[str, Any], history: History) -> Iterator[tuple[str, ...]]:
+    capacity = max(1, s["capacity_bytes"])
+    held = f"{format_bytes(_held_bytes(s))} of {format_bytes(capacity)}"
+    rows = [
+        ("memory pressure", f"{s['memory_pressure']:.1%}", "memory_pressure", 1.0),
+        ("headroom", format_bytes(s["headroom_bytes"]), "headroom_bytes", max(1, s["memory_limit_bytes"])),
+        ("conversations", held, "memory_bytes", capacity),
+    ]
+    if "tokens_per_second" in s:
+        rows.insert(2, ("tokens a second", f"{s['tokens_per_second']:.1f}", "tokens_per_second", None))
+    for name, value, series, top_value in rows:
+        values = history.series[series]
+        yield name, value, sparkline(values, max([1.0, *values]) if top_value is None else top_value)
+
+
+def _held(s: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "  in the cache", format_bytes(s["resident_bytes"])
+    if s.get("all_may_hold_bytes"):
+        due = f"{format_bytes(s['may_hold_bytes'])} of {format_bytes(s['all_may_hold_bytes'])}"
+        yield "  share", due, f"weight {s['share_weight']:g} of {s['all_shares_weight']:g}"
+    if "sessions" in s:
+        kept = f"{s['sessions'] - s['sessions_parked']} ({format_bytes(s['sessions_bytes'])})"
+        yield "  saved", kept, f"{s['sessions_dropped']} dropped, {s['pauses']} answers paused"
+        if s["sessions_parked"]:
+            yield "  parked", f"{s['sessions_parked']} ({format_bytes(s['parked_bytes'])} on disk)"
+    else:
+        yield "  may be used", format_bytes(s["limit_bytes"]), f"{s['pauses']} answers paused"
+
+
+def _asked(s: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    requests, outcomes = f"answering {s['running']} of {s['parallel']}, {s['waiting']} waiting", ""
+    if "finished" in s:
+        requests += f", {s['finished']} finished"
+        rejected = sum(s["rejected"].values())
+        outcomes = f"{s['failed']} failed, {s['cancelled']} cancelled, {rejected} rejected"
+    yield "requests", requests, outcomes
+    yield "  at once", f"{s['concurrency_limit']} of {s['parallel']} at most", s.get("admission_reason", "")
+    if "threads" in s:
+        yield "threads", str(s["threads"]), s["threads_reason"]
+
+
+def _given(s: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    lost = ""
+    if "trims" in s:
+        lost = f"{s['trims']} trims, {s['forgotten_tokens']} tokens forgotten, {s['healed_tokens']} healed"
+    yield "given back", f"{format_bytes(s['returned_bytes'])} in {s['releases']} releases", lost
+    yield "reserve", format_bytes(s["reserve_bytes"]), f"grows back above {format_bytes(s['regrow_bytes'])}"
+    for line in s["learned"]:
+        yield "learned", "", line

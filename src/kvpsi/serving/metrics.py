@@ -92,6 +92,8 @@ def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
     yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
     yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)
+    yield "kvpsi_reserve_bytes", "Headroom that is kept free for others.", s.reserve_bytes
+    yield "kvpsi_regrow_above_bytes", "Headroom from which on the cache may grow back.", s.regrow_bytes
 
 
 def _counters(s: Status) -> Iterator[tuple[str, str, float]]:
@@ -147,8 +149,6 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_io_pressure", "Share of the last tick in which something waited for a disk.", s.io_pressure
     yield "kvpsi_threads", "Threads that compute.", s.threads
     yield "kvpsi_promised_requests", "Requests that were told when to come again, and have not come yet.", s.promises
-    yield "kvpsi_reserve_bytes", "Headroom that is kept free for others.", s.reserve_bytes
-    yield "kvpsi_regrow_above_bytes", "Headroom from which on the cache may grow back.", s.regrow_bytes
     yield "kvpsi_lookahead_seconds", "How far ahead the slope of the headroom is followed.", s.lookahead_s
     yield "kvpsi_largest_step_share", "Share of the cells in use that is given at once at most.", s.step_share
     yield "kvpsi_stall_threshold", "Share of a tick in which something waited, from which on it counts.", s.stall_share

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import psutil
 
 from kvpsi.bench.processes import free_port
+from kvpsi.engines.vllm.report import STATUS_PATH
 from kvpsi.errors import EnvironmentProblem
 
 GOVERNED: Mapping[str, str] = {"KVPSI_VLLM": "1"}
@@ -70,7 +71,7 @@ class Server:
 
     def status(self) -> dict[str, Any]:
         """What kvpsi says."""
-        told: dict[str, Any] = json.loads(read(f"{self.status_url}/status"))
+        told: dict[str, Any] = json.loads(read(f"{self.status_url}{STATUS_PATH}"))
         return told
 
     def rss_bytes(self) -> int:

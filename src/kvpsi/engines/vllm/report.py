@@ -1,4 +1,5 @@
-"""What the balloon is doing, for people and dashboards: ``/status`` and ``/metrics`` of the scheduler's process.
+"""What the balloon is doing, for people and dashboards: status and metrics of the scheduler's process, at the
+paths that `kvpsi serve` has.
 
 vLLM's own metrics are another process's, so these have a port of their own.
 """
@@ -14,14 +15,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from kvpsi.errors import EnvironmentProblem
 
+STATUS_PATH = "/v1/kvpsi/status"
+
 
 @dataclass(frozen=True, slots=True)
 class VllmStatus:
     """The fields of `kvpsi.serving.status.Status` that have a meaning here; committed is what holds memory, used what
     requests use. ``blocks`` are all, ``pool_blocks`` those that vLLM may use."""
 
+    model: str
     running: int
     waiting: int
+    parallel: int
     capacity_bytes: int
     used_bytes: int
     committed_bytes: int
@@ -37,6 +42,9 @@ class VllmStatus:
     pauses: int
     governed: bool
     reason: str
+    reserve_bytes: int
+    regrow_bytes: int
+    learned: list[str]
     blocks: int
     pool_blocks: int
 
@@ -75,12 +83,12 @@ class StatusServer:
     def __init__(self, port: int, status: Callable[[], VllmStatus]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == "/status":
+                if self.path == STATUS_PATH:
                     kind, body = "application/json", json.dumps(dataclasses.asdict(status())).encode()
                 elif self.path == "/metrics":
                     kind, body = "text/plain; version=0.0.4", metrics_text(status())
                 else:
-                    self.send_error(404, "There are /status and /metrics.")
+                    self.send_error(404, f"There are {STATUS_PATH} and /metrics.")
                     return
                 self.send_response(200)
                 self.send_header("Content-Type", kind)

@@ -101,16 +101,20 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             resident_bytes = sizes.used_bytes
         block_bytes = self.balloon.settings.block_bytes
         running, waiting = self.get_request_counts()
+        law, memory_limit_bytes = self.governor.settings, reading.headroom.limit_bytes if reading else 0
+        names = self.vllm_config.model_config.served_model_name
         return VllmStatus(
+            model=names if isinstance(names, str) else names[0],
             running=running,
             waiting=waiting,
+            parallel=self._most_active_reqs,
             capacity_bytes=sizes.capacity_bytes,
             used_bytes=self.balloon.in_use_blocks * block_bytes,
             committed_bytes=sizes.used_bytes,
             resident_bytes=resident_bytes,
             limit_bytes=self.balloon.allowed_blocks * block_bytes,
             headroom_bytes=reading.headroom.available_bytes if reading else 0,
-            memory_limit_bytes=reading.headroom.limit_bytes if reading else 0,
+            memory_limit_bytes=memory_limit_bytes,
             memory_pressure=reading.memory.some.share if reading else 0.0,
             concurrency_limit=self.concurrency_limit,
             stall_s=self.governor.stall_s,
@@ -119,6 +123,9 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             pauses=self.pauses,
             governed=self.balloon.failure is None,
             reason=self.balloon.failure or (decision.reason if decision else ""),
+            reserve_bytes=law.low_for(memory_limit_bytes),
+            regrow_bytes=law.high_for(memory_limit_bytes),
+            learned=self.governor.explained(),
             blocks=self.balloon.n_blocks,
             pool_blocks=self.balloon.pool_blocks,
         )
