@@ -14,6 +14,7 @@ from kvpsi.engines.vllm.settings import settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings
+from kvpsi.governor.shares import ShareSettings
 
 MIB = 1 << 20
 
@@ -33,11 +34,15 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         "KVPSI_STATUS_PORT": "9100",
         "KVPSI_LAW": "calm_hold_s=1",
         "KVPSI_ADAPT": "1",
+        "KVPSI_SHARE_WEIGHT": "2",
+        "KVPSI_SHARE_PRIORITY": "-1",
+        "KVPSI_SHARE_DIR": "none",
     }
     settings = settings_from(asked)
     assert (settings.law.low_bytes, settings.law.high_bytes) == (64 * MIB, 128 * MIB)
     assert settings.law.calm_hold_s == 1 and settings.adapt == AdaptSettings(fixed=("calm_hold_s",))
     assert settings.cache_limit == 0.7
+    assert settings.share == ShareSettings(2.0, -1, folder="none")
     assert settings.log == Path("/tmp/decisions.jsonl") and settings.status_port == 9100
 
 
@@ -50,6 +55,8 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         ("KVPSI_LAW", "speed=3"),
         ("KVPSI_STATUS_PORT", "70000"),
         ("KVPSI_STATUS_PORT", "http"),
+        ("KVPSI_SHARE_WEIGHT", "double"),
+        ("KVPSI_SHARE_PRIORITY", "0.5"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(name: str, text: str) -> None:

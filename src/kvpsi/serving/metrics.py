@@ -88,6 +88,8 @@ def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
     yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
     yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
+    yield "kvpsi_may_hold_bytes", "What this model may hold beside others; 0: it is alone.", s.may_hold_bytes
+    yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
     yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
     yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
     yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
@@ -134,12 +136,6 @@ def _gauges(s: Status) -> Iterator[tuple[str, str, float]]:
     yield "vllm:num_requests_running", "Answers that are being generated.", s.running
     yield "vllm:num_requests_waiting", "Requests that wait.", s.waiting
     yield "vllm:kv_cache_usage_perc", "Share (0 to 1) of the cache in use.", s.used_bytes / max(1, s.capacity_bytes)
-    yield (
-        "kvpsi_may_hold_bytes",
-        "What this model may hold beside others; 0: it is alone.",
-        s.may_hold_bytes,
-    )
-    yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
     yield "kvpsi_sessions", "Saved conversations.", s.sessions
     yield "kvpsi_sessions_bytes", "Memory of saved conversations.", s.sessions_bytes
     yield "kvpsi_parked_sessions", "Conversations that are in a file only.", s.sessions_parked

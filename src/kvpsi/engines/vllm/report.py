@@ -32,6 +32,10 @@ class VllmStatus:
     committed_bytes: int
     resident_bytes: int
     limit_bytes: int
+    may_hold_bytes: int
+    all_may_hold_bytes: int
+    share_weight: float
+    all_shares_weight: float
     headroom_bytes: int
     memory_limit_bytes: int
     memory_pressure: float

@@ -20,6 +20,7 @@ from kvpsi.engines.vllm.settings import VllmSettings, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported
 from kvpsi.errors import EnvironmentProblem, LayoutError, UsageError
 from kvpsi.governor import Governor
+from kvpsi.governor.sharing import open_sharing
 from kvpsi.instrument import Instrument, Instruments, JsonLines
 from kvpsi.units import format_bytes
 
@@ -78,10 +79,16 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         return Balloon(pool, sizes, self.workers.release, instrument=instrument)
 
     def make_governor(self, balloon: Balloon, settings: VllmSettings, instrument: Instrument) -> Governor:
-        """What says how large the pool may be: this machine's kernel, by the law."""
+        """What says how large the pool may be: this machine's kernel, by the law, and other governed models."""
         source, trigger = best_sensing(0)  # vLLM holds weights in memory of its own
         return Governor(
-            balloon, source, settings=settings.law, adapt=settings.adapt, trigger=trigger, instrument=instrument
+            balloon,
+            source,
+            settings=settings.law,
+            adapt=settings.adapt,
+            trigger=trigger,
+            instrument=instrument,
+            sharing=open_sharing(settings.share),
         )
 
     @property
@@ -102,6 +109,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         block_bytes = self.balloon.settings.block_bytes
         running, waiting = self.get_request_counts()
         law, memory_limit_bytes = self.governor.settings, reading.headroom.limit_bytes if reading else 0
+        share = decision.share if decision else None
         names = self.vllm_config.model_config.served_model_name
         return VllmStatus(
             model=names if isinstance(names, str) else names[0],
@@ -113,6 +121,10 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             committed_bytes=sizes.used_bytes,
             resident_bytes=resident_bytes,
             limit_bytes=self.balloon.allowed_blocks * block_bytes,
+            may_hold_bytes=min(sizes.capacity_bytes, share.may_hold_bytes) if share else 0,
+            all_may_hold_bytes=share.total_bytes if share else 0,
+            share_weight=share.weight if share else 1.0,
+            all_shares_weight=share.weights if share else 1.0,
             headroom_bytes=reading.headroom.available_bytes if reading else 0,
             memory_limit_bytes=memory_limit_bytes,
             memory_pressure=reading.memory.some.share if reading else 0.0,

@@ -11,6 +11,7 @@ from kvpsi import units
 from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings, LawSettings
+from kvpsi.governor.shares import ShareSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class VllmSettings:
     Attributes:
         law: constants of the control law (``KVPSI_RESERVE``, ``KVPSI_REGROW_ABOVE``, ``KVPSI_LAW``).
         adapt: whether they follow what the machine shows (``KVPSI_ADAPT=1``); None: they stay as they are.
+        share: its part of memory beside other governed models (``KVPSI_SHARE_WEIGHT``, ``KVPSI_SHARE_PRIORITY``,
+            ``KVPSI_SHARE_DIR``).
         cache_limit: most of the cache to use, a share (``KVPSI_CACHE_LIMIT``).
         log: where decisions are written as JSON lines (``KVPSI_LOG``).
         status_port: where status and metrics can be read on this machine (``KVPSI_STATUS_PORT``); 0: nowhere.
@@ -27,6 +30,7 @@ class VllmSettings:
 
     law: LawSettings = field(default_factory=LawSettings)
     adapt: AdaptSettings | None = None
+    share: ShareSettings = field(default_factory=ShareSettings)
     cache_limit: float = 1.0
     log: Path | None = None
     status_port: int = 0
@@ -49,10 +53,21 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
     return VllmSettings(
         law=constants,
         adapt=adapt,
+        share=_beside_others(environ),
         cache_limit=_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
         log=Path(log) if log else None,
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
     )
+
+
+def _beside_others(environ: Mapping[str, str]) -> ShareSettings:
+    weight, priority = environ.get("KVPSI_SHARE_WEIGHT", "1"), environ.get("KVPSI_SHARE_PRIORITY", "0")
+    try:
+        return ShareSettings(float(weight), int(priority), folder=environ.get("KVPSI_SHARE_DIR", ""))
+    except ValueError as error:
+        raise UsageError(
+            f"KVPSI_SHARE_WEIGHT is {weight} and KVPSI_SHARE_PRIORITY {priority}; give a number and a whole number."
+        ) from error
 
 
 def _share(text: str) -> float:
