@@ -168,7 +168,10 @@ def test_the_prefix_cache_can_be_reset_while_inflated(steered: Served) -> None:
 
 def test_a_governor_that_dies_leaves_vllm_its_blocks(stock: Stock, steered: Served) -> None:
     settled(steered, FLOOR)
+    steered.stall(0.5)
+    assert steered.status()["concurrency_limit"] == 1
     steered.limit(-1)
     time.sleep(11)
+    assert steered.status()["concurrency_limit"] == 8, "what it sensed last does not count for ever"
     same(steered, stock, PROMPTS[:8])
     assert steered.status()["pool_blocks"] == 363

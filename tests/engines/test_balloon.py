@@ -101,6 +101,42 @@ def test_idle_blocks_go_before_cached_ones_and_after_a_while_by_themselves(machi
     assert machine.pool.get_num_free_blocks() == 40
 
 
+def test_a_request_finds_free_blocks_while_idle_ones_are_given_back(machine: Machine) -> None:
+    machine.write(10)
+    machine.end(machine.write(30))
+    machine.balloon.settle()
+    machine.now_s = 2.5
+    n_free = []
+    release = machine.balloon._release
+
+    def note(runs: list[Run]) -> int:
+        n_free.append(machine.pool.get_num_free_blocks())
+        return release(runs)
+
+    machine.balloon._release = note
+    while machine.balloon.settle():
+        pass
+    assert n_free[0] == 15 and min(n_free) == 15, "half of what is free"
+    assert len(machine.held) == 10 and machine.pool.get_num_free_blocks() == 30
+
+
+def test_empty_blocks_come_in_the_place_of_idle_ones(machine: Machine) -> None:
+    machine.write(2)
+    machine.balloon.set_limit(6 * SIZE, None)
+    machine.end(machine.write(4))
+    machine.balloon.settle()
+    machine.now_s = 2.5
+    release = machine.balloon._release
+
+    def note(runs: list[Run]) -> int:
+        assert machine.pool.get_num_free_blocks() == 4
+        return release(runs)
+
+    machine.balloon._release = note
+    assert machine.balloon.settle() == 4 * SIZE
+    assert machine.balloon.pool_blocks == 6
+
+
 def test_an_idle_block_that_was_used_meanwhile_is_young_again(machine: Machine) -> None:
     machine.end(machine.write(1))
     machine.balloon.settle()
@@ -170,11 +206,14 @@ def test_a_worker_that_fails_leaves_all_blocks_to_the_engine(machine: Machine) -
 
 
 def test_a_governor_that_is_silent_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
+    assert not machine.balloon.is_heard
     machine.balloon.set_limit(5 * SIZE, None)
     machine.now_s = 9.0
+    assert machine.balloon.is_heard
     machine.balloon.lift_if_silent()
     assert machine.pool.get_num_free_blocks() == 5
     machine.now_s = 10.0
+    assert not machine.balloon.is_heard
     machine.balloon.lift_if_silent()
     assert machine.pool.get_num_free_blocks() == 40
     machine.balloon.set_limit(5 * SIZE, None)

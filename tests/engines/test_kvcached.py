@@ -15,7 +15,7 @@ import pytest
 
 from kvpsi.engines.kvcached import KvcachedCache, KvcachedSizes, Kvctl
 from kvpsi.errors import EnvironmentProblem, UsageError
-from kvpsi.governor import Governor
+from kvpsi.governor import Governor, LawSettings
 from kvpsi.pressure.fake import ManualClock
 from kvpsi.pressure.vram import VramSource
 
@@ -130,7 +130,10 @@ def test_a_gpu_tells_its_headroom_and_no_stall() -> None:
     gpu.free = GIB
     assert source.read().headroom.slope_bytes_s == pytest.approx(-GIB)
     gpu.fails = True
-    assert "GPU is lost" in source.read().problems[0]
+    clock.advance(1.0)
+    silent = source.read()
+    assert "GPU is lost" in silent.problems[0]
+    assert silent.headroom.available_bytes == GIB and silent.headroom.slope_bytes_s == 0, "what it said last"
     source.close()
     with pytest.raises(EnvironmentProblem, match="GPU 3 cannot be asked"):
         VramSource(3, gpu, clock)
@@ -158,3 +161,50 @@ def test_who_needs_the_gpu_gets_it_and_the_cache_grows_back(caches: Caches) -> N
     cache.set_limit(2 * GIB, None)
     governor.stop()
     assert caches.read()["limit_bytes"] == 8 * GIB, "whoever governs no longer leaves no limit"
+
+
+def test_a_gpu_that_is_silent_costs_nothing(caches: Caches) -> None:
+    gpu, clock = Gpu(), ManualClock()
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
+    governor = Governor(cache, VramSource(0, gpu, clock), settings=LawSettings(low_bytes=GIB, high_bytes=3 * GIB // 2))
+    governor.monitor.tick()
+    before = caches.read()
+    gpu.fails = True
+    for _ in range(5):
+        clock.advance(0.2)
+        governor.monitor.tick()
+    assert caches.read() == before and before["used_bytes"] == 6 * GIB
+    governor.stop()
+
+
+def test_what_was_given_on_a_gpu_is_not_given_again_before_it_shows(caches: Caches) -> None:
+    gpu, clock = Gpu(), ManualClock()
+    gpu.free = 700 * MIB
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
+    governor = Governor(cache, VramSource(0, gpu, clock), settings=LawSettings(low_bytes=GIB, high_bytes=3 * GIB // 2))
+    for _ in range(5):  # the engine unmaps later: nothing more is free yet
+        clock.advance(0.2)
+        governor.monitor.tick()
+    given = 6 * GIB - caches.read()["used_bytes"]
+    assert 300 * MIB <= given < 600 * MIB
+    governor.stop()
+
+
+def test_calls_that_fail_are_ridden_out_and_the_limit_is_set_at_the_end(caches: Caches) -> None:
+    clock = ManualClock()
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
+    cache.set_limit(4 * GIB, None)
+    assert caches.read()["limit_bytes"] == 4 * GIB
+    caches.script.write_text("raise SystemExit(3)")
+    clock.advance(2.0)
+    assert cache.status().used_bytes == 6 * GIB, "as of before"
+    cache.set_limit(3 * GIB, None)
+    with pytest.raises(EnvironmentProblem, match="kvctl limit failed"):
+        cache.close()
+    for _ in range(2):
+        cache.set_limit(3 * GIB, None)
+    with pytest.raises(EnvironmentProblem, match="kvctl limit failed"):
+        cache.set_limit(3 * GIB, None)
+    caches.script.write_text(KVCTL)
+    cache.close()
+    assert caches.read()["limit_bytes"] == 8 * GIB

@@ -72,8 +72,11 @@ def test_growing_below_the_reserve_is_refused() -> None:
 def test_the_plugin_is_asleep_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVPSI_VLLM", raising=False)
     assert platform() is None
-    monkeypatch.setenv("KVPSI_VLLM", "1")
-    assert platform() == "kvpsi.engines.vllm.platform.ElasticCpuPlatform"
+    for yes in ("1", "true", "Yes"):
+        monkeypatch.setenv("KVPSI_VLLM", yes)
+        assert platform() == "kvpsi.engines.vllm.platform.ElasticCpuPlatform"
+    monkeypatch.setenv("KVPSI_VLLM", "0")
+    assert platform() is None
 
 
 @pytest.mark.parametrize("version", ["", "0.31.2", "0.33.0", "1.0", "0.3.2"])
@@ -89,12 +92,13 @@ def test_tested_versions_are_not(version: str) -> None:
 
 def config(**changes: Any) -> Any:
     values = {"kv_transfer_config": None, "speculative_config": None, "pipeline_parallel_size": 1, "async": False}
+    values["watermark"] = 0.0
     values.update(changes)
     return SimpleNamespace(
         kv_transfer_config=values["kv_transfer_config"],
         speculative_config=values["speculative_config"],
         parallel_config=SimpleNamespace(pipeline_parallel_size=values["pipeline_parallel_size"]),
-        scheduler_config=SimpleNamespace(async_scheduling=values["async"]),
+        scheduler_config=SimpleNamespace(async_scheduling=values["async"], watermark=values["watermark"]),
     )
 
 
@@ -105,6 +109,7 @@ def config(**changes: Any) -> Any:
         ({"speculative_config": object()}, "speculative"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"async": True}, "--async-scheduling"),
+        ({"watermark": 0.1}, "--watermark"),
     ],
 )
 def test_ways_to_use_blocks_that_are_not_known_are_refused(

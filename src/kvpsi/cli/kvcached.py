@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ def kvcached(
     governor = Governor(
         cache, _source(device, unified), settings=settings, adapt=adapt_settings(adapt, law), instrument=_Told()
     )
-    with governor:
+    with contextlib.closing(cache), governor:
         print(f"{name}: {format_bytes(cache.most_bytes)} at most; Ctrl-C ends it", flush=True)
         while True:
             time.sleep(_LOOK_S)

@@ -7,10 +7,12 @@ compute again, so nothing is forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from kvpsi.status import CacheStatus
 _TIMEOUT_S = 30.0
 _STEP_SHARE = 0.01
 _LOOK_S = 1.0
+_MOST_FAILURES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Kvctl:
                 timeout=_TIMEOUT_S,
                 check=True,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C ends kvpsi, which then sets the limit once more
             )
             return list(json.loads(done.stdout)) if "--json" in arguments else []
         except FileNotFoundError as error:
@@ -84,7 +88,7 @@ class Kvctl:
 
 
 class KvcachedCache:
-    """What a governor governs. Used by the governor's thread; ``status`` by any.
+    """What a governor governs; from any thread. A call of kvctl that fails once or twice is ridden out.
 
     Args:
         control: of the cache.
@@ -113,14 +117,18 @@ class KvcachedCache:
                 "and that."
             )
         self._floor_bytes = floor_bytes
-        self._wanted_bytes = self._set_bytes = self._sizes.limit_bytes
+        self._wanted_bytes = self._sizes.limit_bytes
+        self._set_bytes: int | None = self._wanted_bytes  # None: not known, as a call failed
+        self._failures = 0
+        self._lock = threading.RLock()
         self._looked_s = clock()
         self.returned_bytes = 0
 
     def status(self) -> CacheStatus:
         """Sizes as of a second ago at most; all can be had again, as the engines compute what they lack."""
-        self._look()
-        used = self._sizes.used_bytes
+        with self._lock:
+            self._look()
+            used = self._sizes.used_bytes
         return CacheStatus(
             capacity_bytes=self.most_bytes,
             used_bytes=used,
@@ -132,31 +140,59 @@ class KvcachedCache:
     def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:  # noqa: ARG002
         """Bound it; more than now, or less than now by more than a hundredth of all, is told to kvcached at once. The
         pieces of prompts are the engine's own."""
-        self._wanted_bytes = min(self.most_bytes, max(self._floor_bytes, limit_bytes))
-        step_bytes = _STEP_SHARE * self.most_bytes
-        if abs(self._wanted_bytes - self._set_bytes) > step_bytes or self._wanted_bytes == self.most_bytes:
-            self._tell()
+        with self._lock:
+            self._wanted_bytes = min(self.most_bytes, max(self._floor_bytes, limit_bytes))
+            far = self._set_bytes is None or abs(self._wanted_bytes - self._set_bytes) > _STEP_SHARE * self.most_bytes
+            if far or self._wanted_bytes == self.most_bytes:
+                self._tell()
 
     def give_now(self) -> int | None:
         """Have kvcached keep to the limit; the bytes that went back by the next look."""
-        before = self.returned_bytes
-        self._tell()
-        self._look(now=True)
-        return self.returned_bytes - before
+        with self._lock:
+            before = self.returned_bytes
+            self._tell()
+            self._look(now=True)
+            return self.returned_bytes - before
 
     def interrupt(self) -> bool:
         """False: an engine's step goes to its end."""
         return False
 
+    def close(self) -> None:
+        """Set the limit to the most, after what is being set.
+
+        Raises:
+            EnvironmentProblem: kvctl failed, so the limit is as it was last.
+        """
+        with self._lock:
+            if self._set_bytes != self.most_bytes:
+                self._control.set_limit(self.most_bytes)
+                self._set_bytes = self.most_bytes
+
     def _tell(self) -> None:
-        if self._wanted_bytes != self._set_bytes:
-            self._control.set_limit(self._wanted_bytes)
-            self._set_bytes = self._wanted_bytes
+        wanted_bytes = self._wanted_bytes
+        if wanted_bytes != self._set_bytes:
+            self._set_bytes = None
+            with self._riding_out():
+                self._control.set_limit(wanted_bytes)
+                self._set_bytes = wanted_bytes
 
     def _look(self, *, now: bool = False) -> None:
         if not now and self._clock() - self._looked_s < _LOOK_S:
             return
-        before, self._sizes = self._sizes, self._control.sizes()
+        before = self._sizes
+        with self._riding_out():
+            self._sizes = self._control.sizes()
         self._looked_s = self._clock()
-        if self._set_bytes < before.used_bytes:
+        if self._set_bytes is not None and self._set_bytes < before.used_bytes:
             self.returned_bytes += max(0, before.used_bytes - self._sizes.used_bytes)
+
+    @contextlib.contextmanager
+    def _riding_out(self) -> Iterator[None]:
+        try:
+            yield
+            self._failures = 0
+        except EnvironmentProblem:
+            self._failures += 1
+            if self._failures >= _MOST_FAILURES:
+                raise

@@ -164,8 +164,9 @@ def record_given(state: State, reading: Reading, given_bytes: int) -> State:
 
 
 def _lags(reading: Reading) -> bool:
-    """Whether a release shows late: in MemAvailable it does, in a cgroup's usage it does not."""
-    return reading.headroom.scope == "system"
+    """Whether a release shows late: in MemAvailable it does, and on a GPU, whose engine unmaps when it gets to it. In a
+    cgroup's usage it does not."""
+    return reading.headroom.scope == "system" or reading.headroom.scope.startswith("gpu:")
 
 
 def _credit_bytes(state: State, reading: Reading, settings: LawSettings, fellows: Fellows | None) -> int:

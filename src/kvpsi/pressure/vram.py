@@ -33,6 +33,7 @@ class VramSource:
         try:
             self._nvml.nvmlInit()
             self._handle = self._nvml.nvmlDeviceGetHandleByIndex(device)
+            self._ask()
         except self._nvml.NVMLError as error:
             raise EnvironmentProblem(f"GPU {device} cannot be asked for its memory ({error}).") from error
         self._device, self._clock = device, clock
@@ -40,20 +41,23 @@ class VramSource:
         self._time_s: float | None = None
 
     def read(self) -> Reading:
-        """Sense now; a GPU that does not answer is told as a problem, with nothing available."""
+        """Sense now; of a GPU that does not answer what it said last, and a problem."""
         now_s = self._clock()
         problems: tuple[str, ...] = ()
-        total = free = 0
         try:
-            found = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-            total, free = int(found.total), int(found.free)
+            self._ask()
         except self._nvml.NVMLError as error:
             problems = (f"GPU {self._device} did not tell its memory ({error}).",)
+        total, free = self._total, self._free
         slope = 0.0 if problems else self._slope.update(now_s, free)
         room = Headroom(free, slope, total, total - free, 0, f"gpu:{self._device}")
         elapsed_s = 0.0 if self._time_s is None else now_s - self._time_s
         self._time_s = now_s
         return Reading(now_s, elapsed_s, room, Stall(), Stall(), Stall(), Swap(), headrooms=(room,), problems=problems)
+
+    def _ask(self) -> None:
+        found = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        self._total, self._free = int(found.total), int(found.free)
 
     def close(self) -> None:
         """Give the library back."""

@@ -85,9 +85,9 @@ def memory_counters(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
 def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
     """Name, description and value of what every engine has now."""
     yield "kvpsi_kv_virtual_bytes", "The whole cache, as the stock engine would hold it.", s.capacity_bytes
-    yield "kvpsi_kv_committed_bytes", "Memory of the cells in use.", s.committed_bytes
+    yield "kvpsi_kv_committed_bytes", "Memory of what is in use of it.", s.committed_bytes
     yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
-    yield "kvpsi_kv_limit_bytes", "What cache and saved conversations may take now.", s.limit_bytes
+    yield "kvpsi_kv_limit_bytes", "What may be taken now, saved conversations included.", s.limit_bytes
     yield "kvpsi_may_hold_bytes", "What this model may hold beside others; 0: it is alone.", s.may_hold_bytes
     yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
     yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes

@@ -72,7 +72,8 @@ def play(scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: i
     """Play it.
 
     Raises:
-        EnvironmentProblem: no board can be made here, or the server did not come up.
+        EnvironmentProblem: no board can be made here, or the server did not come up, or not through what comes before
+            the neighbour.
     """
     with on_a_board(setting, variant, memory_bytes) as (board, server):
         if scenario.full:

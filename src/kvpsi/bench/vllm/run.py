@@ -63,6 +63,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     played: list[Played] = []
     outcomes: list[Outcome] = []
     saved_share: list[float] = []
+    problems: list[str] = []
     room_bytes, interrupted = 0, False
     try:
         if plan.runs:
@@ -84,6 +85,10 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                     board_table.add(row_of(outcomes[-1]))
     except KeyboardInterrupt:
         interrupted = True
+    except EnvironmentProblem as problem:
+        if not outcomes:
+            raise
+        problems.append(f"{problem} What was measured until then follows.")
     return {
         "plan": {**asdict(plan), "setting": {**asdict(plan.setting), "model": plan.setting.model.name}},
         "interrupted": interrupted,
@@ -93,7 +98,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
         "figures": [
             f.as_json() for f in (*_idle_figures(saved_share), *calm_figures(played), *board_figures(outcomes))
         ],
-        "problems": [*calm_table.problems, *board_table.problems],
+        "problems": [*problems, *calm_table.problems, *board_table.problems],
         "raw": [*calm_table.paths, *board_table.paths],
     }
 

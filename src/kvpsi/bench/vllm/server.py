@@ -70,15 +70,17 @@ class Server:
     status_url: str
 
     def status(self) -> dict[str, Any]:
-        """What kvpsi says."""
-        told: dict[str, Any] = json.loads(read(f"{self.status_url}{STATUS_PATH}"))
+        """What kvpsi says; nothing if it does not answer."""
+        try:
+            told: dict[str, Any] = json.loads(read(f"{self.status_url}{STATUS_PATH}"))
+        except OSError:
+            return {}
         return told
 
     def rss_bytes(self) -> int:
-        """Resident set of the process that holds the KV tensors."""
+        """Resident set of the processes that hold the KV tensors."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        (worker,) = (each for each in family if "Worker" in each.name())
-        return int(worker.memory_info().rss)
+        return sum(int(each.memory_info().rss) for each in family if "Worker" in each.name())
 
 
 class Starts(Protocol):
@@ -101,7 +103,8 @@ def serving(
     """
     port, status_port = free_port(), free_port()
     own = {"VLLM_CPU_KVCACHE_SPACE": str(setting.kv_gib), "KVPSI_STATUS_PORT": str(status_port)}
-    environ = {**os.environ, **_ENVIRONMENT, **own, **(environment or {})}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KVPSI_")}
+    environ = {**inherited, **_ENVIRONMENT, **own, **(environment or {})}
     with log.open("wb") as output:
         process = (start or subprocess.Popen)(setting.command(port), env=environ, stdout=output, stderr=output)
     server = Server(process, f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{status_port}")

@@ -7,7 +7,8 @@ A block is in one of these states:
 - *idle*: free, nothing of use in it, but it was written to and holds memory;
 - *empty*: free, without memory. It costs nothing, so it stays in vLLM's pool;
 - *out*: taken out of the pool, without memory, so that vLLM cannot use it;
-- *leaving*: taken out, and its memory is given back next, or just now.
+- *leaving*: taken out, and its memory is given back next;
+- *releasing*: its memory is given back just now.
 
 The limit bounds the blocks in the pool, as vLLM may write to any of them. Nothing is forgotten by any of this: vLLM
 computes again what it asks for.
@@ -32,6 +33,7 @@ from kvpsi.status import CacheStatus
 log = logging.getLogger("vllm.kvpsi")
 _LOOK_S = 1.0
 _STOP_S = 5.0
+_BATCH_BYTES = 1 << 30
 
 
 class Block(Protocol):
@@ -81,8 +83,8 @@ class BalloonSettings:
         floor_blocks: fewer are never in the pool: with less than the longest request needs vLLM would preempt it and
             begin again for ever.
         most_blocks: more are never; None: all.
-        idle_s: an idle block holds its memory for so long, as it may soon be used again.
-        silence_s: if the governor is not heard of for so long, all blocks are put back.
+        idle_s: an idle block holds its memory for so long after it was first seen, as it may soon be used again.
+        silence_s: if the governor is not heard of for so long, ``most_blocks`` are put back.
     """
 
     block_bytes: int
@@ -192,12 +194,14 @@ class Balloon:
     @property
     def in_use_blocks(self) -> int:
         """Blocks of requests."""
-        return self.pool_blocks - self._pool.get_num_free_blocks()
+        with self.lock:
+            return self.pool_blocks - self._pool.get_num_free_blocks()
 
     @property
     def pool_blocks(self) -> int:
         """Blocks that are in the pool, used or free."""
-        return self.n_blocks - len(self._out) - len(self._leaving) - len(self._releasing)
+        with self.lock:
+            return self.n_blocks - len(self._out) - len(self._leaving) - len(self._releasing)
 
     @property
     def beyond_limit(self) -> bool:
@@ -208,6 +212,11 @@ class Balloon:
     def usage(self) -> float:
         """Share of the whole cache (0 to 1) that requests use."""
         return self.in_use_blocks / max(1, self.n_blocks)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the governor is alive: what it sensed last counts."""
+        return self._heard_s is not None and self._clock() - self._heard_s < self.settings.silence_s
 
     def written(self, block_ids: Iterable[int]) -> None:
         """These are about to be written to; call it with the lock held."""
@@ -224,13 +233,13 @@ class Balloon:
             self._wake.set()
 
     def lift_if_silent(self) -> None:
-        """Put all blocks back if the governor has died; call it now and then."""
-        if self._heard_s is None or self._clock() - self._heard_s < self.settings.silence_s:
+        """Put the blocks back if the governor has died; call it now and then."""
+        if self._heard_s is None or self.is_heard:
             return
         with self.lock:
             self._heard_s = None
             if self._allowed < self._most:
-                log.warning("kvpsi: the governor is silent, so all blocks are vLLM's again")
+                log.warning("kvpsi: the governor is silent, so vLLM has its blocks again")
             self._allow(self._most)
 
     @contextlib.contextmanager
@@ -248,7 +257,7 @@ class Balloon:
 
     def start(self) -> None:
         """Give back what is empty from the start, then look after idle blocks in a thread."""
-        self.settle()
+        self._settle_all()
         self._thread.start()
 
     def stop(self) -> None:
@@ -310,14 +319,14 @@ class Balloon:
         self._pool.free_blocks([self._out.popitem()[1] for _ in range(n_blocks)])
 
     def _take(self) -> None:
-        """Take out idle blocks whose time is over, and beyond the limit also younger ones and cached ones, the least
-        recently used first."""
+        """Take out idle blocks whose time is over, and beyond the limit also younger ones and then cached ones, the least recently
+        used first. Empty ones come in their place, as far as there are any."""
         self._allow(self._allowed)
-        now_s = self._clock()
-        holding = [block for block in self._free() if block.block_id in self._resident]
+        now_s, free = self._clock(), self._free()
+        holding = [block for block in free if block.block_id in self._resident]
         idle = [block for block in holding if block.block_hash is None]
         due = [b for b in idle if now_s - self._idle_since_s.setdefault(b.block_id, now_s) >= self.settings.idle_s]
-        taken = {block.block_id: block for block in due}
+        taken = {block.block_id: block for block in due[: self._most_due(len(free))]}
         surplus = self.pool_blocks - self._allowed
         for block in (*idle, *(block for block in holding if block.block_hash is not None)):
             if len(taken) >= surplus:
@@ -326,6 +335,15 @@ class Balloon:
         self._pool.touch(list(taken.values()))
         self._pool.evict_blocks(set(taken))
         self._leaving.update(taken)
+        self._allow(self._allowed)
+
+    def _most_due(self, n_free: int) -> int:
+        """How many blocks may be away at once for no other reason than that they are idle: running requests find free
+        ones meanwhile, and nobody waits long for what is being given back."""
+        most = max(1, _BATCH_BYTES // self.settings.block_bytes)
+        if self.in_use_blocks == 0:
+            return most
+        return min(most, len(self._out) + max(0, min((n_free + 1) // 2, self.pool_blocks - self._floor)))
 
     def _stay(self) -> None:
         """Put back what was to leave next."""
@@ -339,7 +357,11 @@ class Balloon:
             self._out.update(self._releasing)
             self._releasing.clear()
             self._allow(self._most)
-        log.warning("kvpsi: memory is not given back any more, and all blocks are vLLM's again: %s", why)
+        log.warning("kvpsi: memory is not given back any more, and vLLM has its blocks again: %s", why)
+
+    def _settle_all(self) -> None:
+        while self.settle() and not self._ended.is_set():
+            pass
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -348,7 +370,7 @@ class Balloon:
             if self._ended.is_set() or self.failure:
                 return
             try:
-                self.settle()
+                self._settle_all()
             except Exception:
                 log.exception("kvpsi: idle blocks could not be given back")
 

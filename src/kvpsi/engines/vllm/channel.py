@@ -81,8 +81,8 @@ class ReleaseServer:
             if "release" in asked:
                 return {"bytes": self.layout.release([(first, end) for first, end in asked["release"]])}
             return {"bytes": self.layout.resident_bytes()}
-        except OSError as error:
-            return {"error": str(error)}
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            return {"error": repr(error)}
 
 
 class Workers:
@@ -131,9 +131,11 @@ class Workers:
                     problems.append(f"a worker does not listen any more ({error})")
             for lines in asked:  # all of them, so that none still works on it
                 try:
-                    total_bytes += _receive(lines)["bytes"]
+                    total_bytes += int(_receive(lines)["bytes"])
                 except EnvironmentProblem as problem:
                     problems.append(str(problem))
+                except (KeyError, TypeError, ValueError) as error:
+                    problems.append(f"a worker cannot be understood ({error!r})")
         if problems:
             raise EnvironmentProblem(problems[0])
         return total_bytes

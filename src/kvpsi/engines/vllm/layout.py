@@ -56,7 +56,8 @@ class BlockLayout:
         return self.pages_of([(0, self.n_blocks)])
 
     def pages_of(self, runs: Iterable[Run]) -> list[pages.Mapping]:
-        """The whole pages inside runs of blocks, in ascending order. What touches counts as one."""
+        """The whole pages inside runs of blocks, in ascending order. Where the bytes of two runs follow each other the
+        page on their border is inside, too."""
         start, end = self._ranges(np.concatenate([np.arange(*run, dtype=np.int64) for run in runs]))
         begins = np.flatnonzero(np.concatenate([[True], start[1:] != end[:-1]]))
         joined = zip(start[begins], end[np.append(begins[1:], start.size) - 1], strict=True)
@@ -105,18 +106,20 @@ def layout_of(tensors: Iterable[Tensor], n_blocks: int) -> BlockLayout:
         LayoutError: pages cannot be given back here, or blocks lie in a way that is not known.
     """
     if not pages.can_release():
-        raise LayoutError("Pages can be given back on Linux only; start vLLM without KVPSI_VLLM=1.")
+        raise LayoutError("Pages can be given back on Linux only; start vLLM without kvpsi.")
     planes: dict[int, Plane] = {}
     for tensor in tensors:
+        if not hasattr(tensor, "data_ptr"):
+            raise LayoutError("This model's state is not in KV blocks alone; start vLLM without kvpsi.")
         if tensor.shape[0] != n_blocks or not tensor[0].is_contiguous():
             raise LayoutError(
                 f"A KV tensor of shape {tuple(tensor.shape)} does not hold {n_blocks} blocks, each in one piece, so "
-                "they cannot be given back; start vLLM without KVPSI_VLLM=1."
+                "they cannot be given back; start vLLM without kvpsi."
             )
         item_bytes = tensor.element_size()
         plane = Plane(tensor.data_ptr(), tensor.stride(0) * item_bytes, tensor[0].numel() * item_bytes)
         planes[plane.base] = plane
     layout = BlockLayout(n_blocks, tuple(planes.values()))
     if not planes or layout.overlaps():
-        raise LayoutError("vLLM's KV blocks are not apart in memory here; start vLLM without KVPSI_VLLM=1.")
+        raise LayoutError("vLLM's KV blocks are not apart in memory here; start vLLM without kvpsi.")
     return layout

@@ -20,8 +20,9 @@ STATUS_PATH = "/v1/kvpsi/status"
 
 @dataclass(frozen=True, slots=True)
 class VllmStatus:
-    """The fields of `kvpsi.serving.status.Status` that have a meaning here; committed is what holds memory, used what
-    requests use. ``blocks`` are all, ``pool_blocks`` those that vLLM may use."""
+    """The fields of `kvpsi.serving.status.Status` that have a meaning here, and two of vLLM's own: ``blocks`` are all,
+    ``pool_blocks`` those that vLLM may use now. ``committed_bytes`` is what holds memory, ``used_bytes`` what requests
+    use."""
 
     model: str
     running: int
@@ -65,12 +66,17 @@ def metrics_text(status: VllmStatus) -> bytes:
         def collect(self) -> Iterator[Metric]:
             for name, text, value in memory_counters(status):
                 yield CounterMetricFamily(name, text, value=value)
-            for name, text, value in memory_gauges(status):
+            for name, text, value in (*memory_gauges(status), *_own_gauges(status)):
                 yield GaugeMetricFamily(name, text, value=value)
 
     registry = CollectorRegistry()
     registry.register(Collected())
     return generate_latest(registry)
+
+
+def _own_gauges(status: VllmStatus) -> Iterator[tuple[str, str, float]]:
+    yield "kvpsi_blocks", "KV blocks of vLLM.", status.blocks
+    yield "kvpsi_pool_blocks", "KV blocks that vLLM may use now.", status.pool_blocks
 
 
 class StatusServer:
@@ -105,9 +111,9 @@ class StatusServer:
 
         try:
             self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise EnvironmentProblem(
-                f"The status cannot be served at port {port} ({error.strerror}); choose another KVPSI_STATUS_PORT."
+                f"The status cannot be served at port {port} ({error}); choose another KVPSI_STATUS_PORT."
             ) from error
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="kvpsi-status", daemon=True)

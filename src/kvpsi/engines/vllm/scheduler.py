@@ -40,7 +40,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **options)
         refuse_unsupported(self.vllm_config)
         refuse_cache(self.kv_cache_config)
-        self._most_active_reqs = int(vars(self)["max_num_active_reqs"])
+        self._most_active_reqs = int(vars(self)["max_num_active_reqs"])  # not there: another vLLM, which must not start
         self._veto_stall = AdaptiveSettings().memory_stall
         self.pauses = 0
         with contextlib.ExitStack() as stack:  # what was begun ends if the rest cannot begin
@@ -53,7 +53,10 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         stack.callback(self.workers.close)
         instrument = Instruments([_Told()])
         if settings.log is not None:
-            instrument.members.append(JsonLines(stack.enter_context(_opened(settings.log))))
+            log_file = settings.log
+            if parallel.data_parallel_size > 1:  # each engine has a scheduler of its own
+                log_file = log_file.with_name(f"{log_file.stem}-{parallel.data_parallel_rank}{log_file.suffix}")
+            instrument.members.append(JsonLines(stack.enter_context(_opened(log_file))))
         self.balloon = self._make_balloon(settings, instrument)
         stack.callback(self.balloon.stop)
         self.balloon.start()
@@ -66,12 +69,12 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
     def _make_balloon(self, settings: VllmSettings, instrument: Instrument) -> Balloon:
         pool = self.kv_cache_manager.block_pool
         if self.workers.n_blocks != pool.num_gpu_blocks:
-            raise LayoutError("Scheduler and workers do not have the same KV blocks; start vLLM without KVPSI_VLLM=1.")
+            raise LayoutError("Scheduler and workers do not have the same KV blocks; start vLLM without kvpsi.")
         floor = -(-self.max_model_len // self.block_size) + 1
         most = round(settings.cache_limit * (pool.num_gpu_blocks - 1))
         sizes = BalloonSettings(self.workers.block_bytes, floor_blocks=floor, most_blocks=most)
         log.info(
-            "kvpsi governs %d KV blocks of %s; %d of them always stay, for one request",
+            "kvpsi governs %d KV blocks of %s; %d of them may always be used, for one request",
             pool.num_gpu_blocks - 1,
             format_bytes(sizes.block_bytes),
             floor,
@@ -93,11 +96,15 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
 
     @property
     def concurrency_limit(self) -> int:
-        """Sequences that may run at once: while memory stalls no more than do already, but always one."""
+        """Sequences that may run at once: while memory stalls no more than do already, but always one.
+
+        vLLM counts sessions that wait for more input as running.
+        """
         reading = self.governor.reading
-        if reading is None or reading.memory.some.share < self._veto_stall:
+        if reading is None or not self.balloon.is_heard or reading.memory.some.share < self._veto_stall:
             return self._most_active_reqs
-        return max(1, min(self._most_active_reqs, len(self.running)))
+        waiting = int(self.num_waiting_for_streaming_input)
+        return min(self._most_active_reqs, max(1, len(self.running)) + waiting)
 
     def status(self) -> VllmStatus:
         """What it is doing; from any thread."""
@@ -204,9 +211,11 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         return stats
 
     def shutdown(self) -> None:
-        """Stop governing; all blocks are put back."""
-        self._closing.close()
-        super().shutdown()
+        """Stop governing; the blocks are put back."""
+        try:
+            self._closing.close()
+        finally:
+            super().shutdown()
 
 
 class _Told(Instrument):

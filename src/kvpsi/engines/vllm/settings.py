@@ -16,7 +16,7 @@ from kvpsi.governor.shares import ShareSettings
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """The variables have the names that `kvpsi serve` knows.
+    """Most variables have the names that `kvpsi serve` knows.
 
     Attributes:
         law: constants of the control law (``KVPSI_RESERVE``, ``KVPSI_REGROW_ABOVE``, ``KVPSI_LAW``).
@@ -47,7 +47,7 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
         constants = law_settings(
             environ.get("KVPSI_RESERVE", "auto"), environ.get("KVPSI_REGROW_ABOVE", "auto"), law=law
         )
-        adapt = adapt_settings(environ.get("KVPSI_ADAPT") == "1", law)
+        adapt = adapt_settings(is_yes(environ.get("KVPSI_ADAPT", "")), law)
     except UsageError as error:
         raise UsageError(f"In KVPSI_RESERVE, KVPSI_REGROW_ABOVE or KVPSI_LAW, {error}") from error
     return VllmSettings(
@@ -58,6 +58,11 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
         log=Path(log) if log else None,
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
     )
+
+
+def is_yes(text: str) -> bool:
+    """Whether a variable says so, in one of the words that command lines take."""
+    return text.strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _beside_others(environ: Mapping[str, str]) -> ShareSettings:

