@@ -48,11 +48,15 @@ bench-vllm: $(VLLM_VENV)/.ready  ## Measure a governed vLLM beside stock vLLM, i
 
 setup: $(READY)  ## Only set up .venv and the default model
 
-$(READY): pyproject.toml
+define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "kvpsi needs Python 3.10 or newer: call make PYTHON=/path/to/python3." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "Python's venv module is missing: run 'apt install python3-venv' as root." >&2; exit 1; }
+endef
+
+$(READY): pyproject.toml
+	$(CHECK_PYTHON)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
 	    echo "A C++ compiler is missing: run 'apt install g++' as root." >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -61,11 +65,13 @@ $(READY): pyproject.toml
 	$(BIN)/kvpsi pull
 	@touch $@
 
-# a build of torch for processors is enough: pip's own settings say where it comes from
 $(VLLM_VENV)/.ready: tests_vllm/requirements.txt pyproject.toml
+	$(CHECK_PYTHON)
 	@test -x $(VLLM_VENV)/bin/python && $(VLLM_VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$(grep '^torch==' $<)"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$(grep '^torch==' $<)" || { \
+	    echo "pip does not find PyTorch's build for processors: set PIP_EXTRA_INDEX_URL to the index that PyTorch's" \
+	    "page for installing names for CPU." >&2; exit 1; }
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement $<
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

@@ -319,8 +319,8 @@ class Balloon:
         self._pool.free_blocks([self._out.popitem()[1] for _ in range(n_blocks)])
 
     def _take(self) -> None:
-        """Take out idle blocks whose time is over, and beyond the limit also younger ones and then cached ones, the least recently
-        used first. Empty ones come in their place, as far as there are any."""
+        """Take out idle blocks whose time is over; beyond the limit also younger ones, and then cached ones, the least
+        recently used first. Empty ones come in their place, as far as there are any."""
         self._allow(self._allowed)
         now_s, free = self._clock(), self._free()
         holding = [block for block in free if block.block_id in self._resident]
