@@ -11,7 +11,7 @@ import pytest
 from kvpsi.bench.client import Load
 from kvpsi.bench.oom.scenarios import draw
 from kvpsi.bench.vllm import calm
-from kvpsi.bench.vllm.board import Outcome, Variant
+from kvpsi.bench.vllm.board import Outcome, Room, Variant
 from kvpsi.bench.vllm.calm import Played, play_round
 from kvpsi.bench.vllm.model import folder_of
 from kvpsi.bench.vllm.run import Plan, board_figures, calm_figures, row_of
@@ -75,6 +75,14 @@ def test_a_run_counts_as_survived_if_both_lived() -> None:
     assert found["kvpsi.runs_not_survived"] == (2, False) and found["kvpsi.runs_with_kills"] == (1, False)
     assert found["kvpsi.failed_requests"] == (2, False) and found["stock.share_of_runs_with_kills"] == (0.5, False)
     assert row_of(bad[1])["hog_killed_by"] == "SIGKILL"
+
+
+def test_neighbours_fit_beside_the_governed_one_only() -> None:
+    room = Room(beside_least_bytes=1000 << 20, beside_all_bytes=700 << 20)
+    assert room.shares == pytest.approx((0.77, 0.95))
+    sizes = [s.hog.size_bytes >> 20 for s in draw(50, 1, {1: 1000 << 20}, swaps=("none",), shares=room.shares)]
+    assert 768 <= min(sizes) < 800 and 900 < max(sizes) <= 950
+    assert Room(1000, 900).shares[0] > 0.95 and Room(1000, -5).shares[0] == 0
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0, "runs": 0}, {"rounds": -1}, {"runs": -1}, {"n_clients": 0}])

@@ -39,7 +39,13 @@ class Scenario:
     hog: HogSettings
 
 
-def draw(count: int, seed: int, room_bytes: Mapping[int, int], swaps: Sequence[SwapKind] = _SWAPS) -> list[Scenario]:
+def draw(
+    count: int,
+    seed: int,
+    room_bytes: Mapping[int, int],
+    swaps: Sequence[SwapKind] = _SWAPS,
+    shares: tuple[float, float] = _SHARES,
+) -> list[Scenario]:
     """``count`` scenarios.
 
     Args:
@@ -47,6 +53,7 @@ def draw(count: int, seed: int, room_bytes: Mapping[int, int], swaps: Sequence[S
         seed: the same seed draws the same list, as far as the room is the same.
         room_bytes: what a neighbour may take beside so many models at their floor.
         swaps: of the boards.
+        shares: of that room, the least and the most that a neighbour takes.
     """
     rng = random.Random(seed)
     combinations = list(itertools.product(swaps, room_bytes, (True, False), _SHAPES))
@@ -54,7 +61,7 @@ def draw(count: int, seed: int, room_bytes: Mapping[int, int], swaps: Sequence[S
     scenarios = []
     for number, (swap, n_models, full, shape) in enumerate(itertools.islice(itertools.cycle(combinations), count)):
         rate = math.exp(rng.uniform(*map(math.log, _RATES_MIB_S))) * MIB
-        size = int(rng.uniform(*_SHARES) * room_bytes[n_models]) // (2 * MIB) * 2 * MIB
+        size = int(rng.uniform(*shares) * room_bytes[n_models]) // (2 * MIB) * 2 * MIB
         growing_share = 0.5 if shape == "pulse" else 1.0  # of a period
         period_s = max(1.0, size / rate / growing_share)
         hog = HogSettings(size, rate_bytes_s=rate, hold_s=_HOLD_S, shape=shape, period_s=period_s)

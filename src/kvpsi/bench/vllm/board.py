@@ -25,6 +25,8 @@ Variant = Literal["kvpsi", "stock"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _FULL_PROMPTS = 96
 _FULL_SENTENCES = 30
+_TOO_MUCH = 1.1
+_FITS = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +105,31 @@ def play(scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: i
     )
 
 
-def least_bytes(setting: Setting, memory_bytes: int, n_clients: int) -> int:
-    """What a vLLM that uses as few blocks as it can takes on a board while it answers.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a neighbour may take on a board: beside a vLLM that uses as few blocks as it can, with the files that it has
+    in memory, and beside one that uses all, without these, as the kernel drops them before it kills anybody."""
+
+    beside_least_bytes: int
+    beside_all_bytes: int
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the first, between which a neighbour lives beside the one, and cannot live beside the other."""
+        return _TOO_MUCH * max(0, self.beside_all_bytes) / max(1, self.beside_least_bytes), _FITS
+
+
+def measure_room(setting: Setting, memory_bytes: int, n_clients: int) -> Room:
+    """Start one that is governed, and look while it answers.
 
     Raises:
         EnvironmentProblem: as `play`.
     """
     with on_a_board(setting, "kvpsi", memory_bytes, KVPSI_CACHE_LIMIT="1%") as (board, server):
         load(server.url, draw(2 * n_clients, 0), n_clients, N_PREDICT)
-        return board.cgroups.usage_bytes() or 0
+        used_bytes = board.cgroups.usage_bytes() or 0
+        unused_bytes = server.status()["capacity_bytes"] - server.status()["committed_bytes"]
+        return Room(memory_bytes - used_bytes, memory_bytes - server.anonymous_bytes() - unused_bytes)
 
 
 class _Clients:

@@ -16,7 +16,7 @@ from kvpsi.bench.oom.scenarios import draw
 from kvpsi.bench.processes import see_that_boards_can_be_made
 from kvpsi.bench.prompts import draw as draw_prompts
 from kvpsi.bench.table import Table
-from kvpsi.bench.vllm.board import VARIANTS, Outcome, least_bytes, play
+from kvpsi.bench.vllm.board import VARIANTS, Outcome, Room, measure_room, play
 from kvpsi.bench.vllm.calm import N_PREDICT, Played, play_round
 from kvpsi.bench.vllm.server import GOVERNED, Setting, serving
 from kvpsi.board import BoardSettings
@@ -25,7 +25,6 @@ from kvpsi.units import format_bytes
 
 Report = Callable[[str], None]
 _REQUESTS = 2
-_LEAST_ROOM_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Plan:
     rounds: int = 12
     runs: int = 20
     seed: int = 1
-    memory_bytes: int = 3200 << 20
+    memory_bytes: int = 3000 << 20
     n_clients: int = 8
 
     def __post_init__(self) -> None:
@@ -64,7 +63,8 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     outcomes: list[Outcome] = []
     saved_share: list[float] = []
     problems: list[str] = []
-    room_bytes, interrupted = 0, False
+    room: Room | None = None
+    interrupted = False
     try:
         if plan.runs:
             see_that_boards_can_be_made(BoardSettings(plan.memory_bytes))
@@ -72,13 +72,14 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
             _calm(plan, report, calm_table, played, saved_share)
         if plan.runs:
             report("measuring what vLLM takes with the fewest blocks")
-            room_bytes = plan.memory_bytes - least_bytes(plan.setting, plan.memory_bytes, plan.n_clients)
-            if room_bytes < _LEAST_ROOM_BYTES:
+            room = measure_room(plan.setting, plan.memory_bytes, plan.n_clients)
+            if room.shares[0] >= room.shares[1]:
                 raise EnvironmentProblem(
-                    f"A board of {format_bytes(plan.memory_bytes)} has no room for a neighbour beside vLLM; raise "
-                    "--memory."
+                    f"On a board of {format_bytes(plan.memory_bytes)} no neighbour fits beside a governed vLLM that "
+                    "does not fit beside stock vLLM: change --memory, or raise --kv-gib."
                 )
-            for scenario in draw(plan.runs, plan.seed, {1: room_bytes}, swaps=("none",)):
+            scenarios = draw(plan.runs, plan.seed, {1: room.beside_least_bytes}, swaps=("none",), shares=room.shares)
+            for scenario in scenarios:
                 for variant in VARIANTS if scenario.number % 2 else VARIANTS[::-1]:
                     report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
                     outcomes.append(play(scenario, variant, plan.setting, plan.memory_bytes, plan.n_clients))
@@ -86,13 +87,13 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     except KeyboardInterrupt:
         interrupted = True
     except EnvironmentProblem as problem:
-        if not outcomes:
+        if not outcomes and not played:
             raise
         problems.append(f"{problem} What was measured until then follows.")
     return {
         "plan": {**asdict(plan), "setting": {**asdict(plan.setting), "model": plan.setting.model.name}},
         "interrupted": interrupted,
-        "room_bytes": room_bytes,
+        "room": asdict(room) if room else None,
         "calm": [asdict(each) for each in played],
         "board": [row_of(each) for each in outcomes],
         "figures": [

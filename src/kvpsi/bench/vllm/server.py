@@ -82,6 +82,12 @@ class Server:
         family = psutil.Process(self.process.pid).children(recursive=True)
         return sum(int(each.memory_info().rss) for each in family if "Worker" in each.name())
 
+    def anonymous_bytes(self) -> int:
+        """Memory of all its processes that is not a file's."""
+        whole = psutil.Process(self.process.pid)
+        sizes = [each.memory_info() for each in (whole, *whole.children(recursive=True))]
+        return sum(int(size.rss - size.shared) for size in sizes)
+
 
 class Starts(Protocol):
     """Starts a command, here or on a board."""
