@@ -274,6 +274,8 @@ class Balloon:
         """Take out what is beyond the limit, and give back what holds memory for nothing; the bytes that went back."""
         with self._settling:
             with self.lock:
+                if self.failure is not None:
+                    return 0
                 self._take()
                 self._releasing.update(self._leaving)
                 # neighbours that are out go along, so that the page on their border goes, too
