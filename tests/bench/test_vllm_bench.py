@@ -78,11 +78,11 @@ def test_a_run_counts_as_survived_if_both_lived() -> None:
 
 
 def test_neighbours_fit_beside_the_governed_one_only() -> None:
-    room = Room(beside_least_bytes=1000 << 20, beside_all_bytes=700 << 20)
+    room = Room(memory_bytes=700 << 20, beside_least_bytes=1000 << 20, beside_all_bytes=700 << 20)
     assert room.shares == pytest.approx((0.77, 0.95))
     sizes = [s.hog.size_bytes >> 20 for s in draw(50, 1, {1: 1000 << 20}, swaps=("none",), shares=room.shares)]
     assert 768 <= min(sizes) < 800 and 900 < max(sizes) <= 950
-    assert Room(1000, 900).shares[0] > 0.95 and Room(1000, -5).shares[0] == 0
+    assert Room(2000, 1000, 900).shares[0] > 0.95 and Room(2000, 1000, -5).shares[0] == 0.2
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0, "runs": 0}, {"rounds": -1}, {"runs": -1}, {"n_clients": 0}])

@@ -25,7 +25,7 @@ Variant = Literal["kvpsi", "stock"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _FULL_PROMPTS = 96
 _FULL_SENTENCES = 30
-_TOO_MUCH = 1.1
+_TOO_MUCH = 0.1  # of the board
 _FITS = 0.95
 
 
@@ -84,7 +84,7 @@ def play(scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: i
         clients = _Clients(server, scenario.number, n_clients)
         try:
             hog = Hog(scenario.hog, lambda command: board.start(command, group="hog", stdout=subprocess.PIPE))
-            fared = hog.wait()
+            fared = hog.wait(lambda _time_s, _size_bytes: hog.end() if clients.gave_up else None)
         finally:
             clients.end()
         answers = not attempt(server.url, [said_by("user", "Hello")], 8).problem
@@ -110,13 +110,15 @@ class Room:
     """What a neighbour may take on a board: beside a vLLM that uses as few blocks as it can, with the files that it has
     in memory, and beside one that uses all, without these, as the kernel drops them before it kills anybody."""
 
+    memory_bytes: int
     beside_least_bytes: int
     beside_all_bytes: int
 
     @property
     def shares(self) -> tuple[float, float]:
         """Of the first, between which a neighbour lives beside the one, and cannot live beside the other."""
-        return _TOO_MUCH * max(0, self.beside_all_bytes) / max(1, self.beside_least_bytes), _FITS
+        too_much_bytes = max(0, self.beside_all_bytes) + _TOO_MUCH * self.memory_bytes
+        return too_much_bytes / max(1, self.beside_least_bytes), _FITS
 
 
 def measure_room(setting: Setting, memory_bytes: int, n_clients: int) -> Room:
@@ -129,7 +131,7 @@ def measure_room(setting: Setting, memory_bytes: int, n_clients: int) -> Room:
         load(server.url, draw(2 * n_clients, 0), n_clients, N_PREDICT)
         used_bytes = board.cgroups.usage_bytes() or 0
         unused_bytes = server.status()["capacity_bytes"] - server.status()["committed_bytes"]
-        return Room(memory_bytes - used_bytes, memory_bytes - server.anonymous_bytes() - unused_bytes)
+        return Room(memory_bytes, memory_bytes - used_bytes, memory_bytes - server.anonymous_bytes() - unused_bytes)
 
 
 class _Clients:
@@ -154,6 +156,11 @@ class _Clients:
                 self.failed += bool(problem)
             if problem:
                 return
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether none of them gets answers any more."""
+        return self.failed == len(self._threads)
 
     def end(self) -> None:
         """Wait for the answers that were begun."""

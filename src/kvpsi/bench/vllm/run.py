@@ -44,7 +44,7 @@ class Plan:
     rounds: int = 12
     runs: int = 20
     seed: int = 1
-    memory_bytes: int = 3000 << 20
+    memory_bytes: int = 3200 << 20
     n_clients: int = 8
 
     def __post_init__(self) -> None:
@@ -174,7 +174,9 @@ def row_of(outcome: Outcome) -> dict[str, object]:
         "rate_mib_s": round(scenario.hog.rate_bytes_s / (1 << 20), 1),
         "kills": outcome.kills,
         "vllm_answers": outcome.answers,
+        "hog_completed": outcome.hog.completed,
         "hog_killed_by": outcome.hog.killed_by,
+        "hog_peak_mib": outcome.hog.peak_bytes >> 20,
         "answered": outcome.answered,
         "failed": outcome.failed,
         "peak_mib": outcome.peak_bytes >> 20,

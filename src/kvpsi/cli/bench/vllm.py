@@ -20,7 +20,7 @@ def vllm(
     rounds: Annotated[int, typer.Option("--rounds", help="How often both are asked by turns; 0: not at all.")] = 12,
     runs: Annotated[int, typer.Option("--runs", help="Scenarios with a neighbour on a board; 0: none.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Of prompts and scenarios.")] = 1,
-    memory: Annotated[str, typer.Option("--memory", help="Memory of a board.")] = "3000M",
+    memory: Annotated[str, typer.Option("--memory", help="Memory of a board.")] = "3200M",
     kv_gib: Annotated[int, typer.Option("--kv-gib", min=1, help="GiB of KV cache of each vLLM.")] = 1,
     clients: Annotated[int, typer.Option("--clients", help="Who ask at once.")] = 8,
     vllm_options: Annotated[
