@@ -10,7 +10,7 @@ import pytest
 
 from kvpsi.engines.vllm import supported
 from kvpsi.engines.vllm.plugin import platform
-from kvpsi.engines.vllm.settings import settings_from
+from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings
@@ -56,6 +56,8 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         ("KVPSI_STATUS_PORT", "70000"),
         ("KVPSI_STATUS_PORT", "http"),
         ("KVPSI_SHARE_WEIGHT", "double"),
+        ("KVPSI_SHARE_WEIGHT", "-1"),
+        ("KVPSI_ADAPT", "maybe"),
         ("KVPSI_SHARE_PRIORITY", "0.5"),
     ],
 )
@@ -77,6 +79,39 @@ def test_the_plugin_is_asleep_unless_asked_for(monkeypatch: pytest.MonkeyPatch) 
         assert platform() == "kvpsi.engines.vllm.platform.ElasticCpuPlatform"
     monkeypatch.setenv("KVPSI_VLLM", "0")
     assert platform() is None
+    monkeypatch.setenv("KVPSI_VLLM", "perhaps")
+    assert platform() is not None, "vLLM hides what a plugin raises"
+    with pytest.raises(UsageError, match="KVPSI_VLLM is perhaps"):
+        is_asked_for()
+
+
+def test_empty_variables_are_not_set() -> None:
+    names = (
+        "KVPSI_RESERVE",
+        "KVPSI_CACHE_LIMIT",
+        "KVPSI_STATUS_PORT",
+        "KVPSI_SHARE_WEIGHT",
+        "KVPSI_LOG",
+        "KVPSI_ADAPT",
+    )
+    assert settings_from(dict.fromkeys(names, "")) == settings_from({})
+
+
+def test_sentences_name_variables_and_no_options(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^KVPSI_RESERVE: ") as refused:
+        settings_from({"KVPSI_RESERVE": "lots"})
+    assert "--" not in str(refused.value)
+    for log in (tmp_path, tmp_path / "nowhere" / "log"):
+        with pytest.raises(UsageError, match="KVPSI_LOG"):
+            settings_from({"KVPSI_LOG": str(log)})
+
+
+def test_vllms_own_port_is_refused() -> None:
+    for arguments in ([], ["serve", "--port", "8000"], ["--port=9000", "--port=8000"]):
+        with pytest.raises(UsageError, match="KVPSI_STATUS_PORT is 8000"):
+            refuse_port(8000, arguments)
+    refuse_port(0, [])
+    refuse_port(8000, ["--port", "8001"])
 
 
 @pytest.mark.parametrize("version", ["", "0.31.2", "0.33.0", "1.0", "0.3.2"])

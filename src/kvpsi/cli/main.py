@@ -43,6 +43,8 @@ app.command()(simulate.simulate)
 app.command()(top.top)
 app.command()(tune.tune)
 
+_PACKAGES = {"llama_cpp": "llama-cpp-python", "simpy": "simpy", "psutil": "psutil", "filelock": "filelock"}
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -127,6 +129,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"Could not read or write{what}: {error.strerror or error}.", 1
     if _asked_to_end:  # pydantic, for one, turns what is raised in the middle of it into an error of its own
         return "", 128 + _asked_to_end[-1]
+    if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
+        return f"The package {_PACKAGES[error.name]} is missing here: `pip install kvpsi` installs it.", 1
     bug = f"Internal error ({type(error).__name__}: {error})"
     return f"{bug}: please report it with what KVPSI_DEBUG=1 shows.", 1
 

@@ -97,10 +97,14 @@ def _status(url: str, api_key: str) -> dict[str, Any]:
             raise UsageError(f"{address} does not accept this API key; give another one with --api-key.") from error
         if error.code == 401:
             raise UsageError(f"{address} wants an API key; give it with --api-key.") from error
-        raise EnvironmentProblem(f"{address} answered with status {error.code}; is it kvpsi's server?") from error
+        raise EnvironmentProblem(
+            f"{address} answered with status {error.code}; is it kvpsi's server, or a governed vLLM's "
+            "KVPSI_STATUS_PORT?"
+        ) from error
     except (OSError, ValueError, HTTPException) as error:
         raise EnvironmentProblem(
-            f"There is no answer from {address} ({error}); start `kvpsi serve`, or give its address with --url."
+            f"There is no answer from {address} ({error}); start `kvpsi serve`, or give its address, or that of a "
+            "governed vLLM's KVPSI_STATUS_PORT, with --url."
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ from kvpsi.bench.prompts import draw
 from kvpsi.bench.vllm.calm import N_PREDICT
 from kvpsi.bench.vllm.server import GOVERNED, Server, Setting, serving
 from kvpsi.board import Board, BoardSettings, open_board
+from kvpsi.errors import EnvironmentProblem
 from kvpsi.hog import Hog, HogReport
+from kvpsi.units import format_bytes
 
 Variant = Literal["kvpsi", "stock"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -56,28 +57,39 @@ class Outcome:
 
 @contextmanager
 def on_a_board(
-    setting: Setting, variant: Variant, memory_bytes: int, **environment: str
+    setting: Setting, variant: Variant, memory_bytes: int, log: Path, **environment: str
 ) -> Iterator[tuple[Board, Server]]:
-    """A board with a server, that has just started.
+    """A board with a server, that has just started; what it says goes to ``log``.
 
     Raises:
         EnvironmentProblem: no board can be made here, or the server did not come up.
     """
-    with open_board(BoardSettings(memory_bytes)) as board, tempfile.TemporaryDirectory(prefix="kvpsi-bench-") as folder:
+    with open_board(BoardSettings(memory_bytes)) as board:
         start = partial(board.start, group="model")
         own = {**GOVERNED, **environment} if variant == "kvpsi" else {}
-        with serving(setting, Path(folder) / "vllm.log", own, start) as server:
-            yield board, server
+        starting = True
+        try:
+            with serving(setting, log, own, start) as server:
+                starting = False
+                yield board, server
+        except EnvironmentProblem as problem:
+            if starting and board.figures().kills:
+                raise EnvironmentProblem(
+                    f"vLLM does not fit on a board of {format_bytes(memory_bytes)}; give more with --memory."
+                ) from problem
+            raise
 
 
-def play(scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: int, n_clients: int) -> Outcome:
+def play(
+    scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: int, n_clients: int, log: Path
+) -> Outcome:
     """Play it.
 
     Raises:
         EnvironmentProblem: no board can be made here, or the server did not come up, or not through what comes before
             the neighbour.
     """
-    with on_a_board(setting, variant, memory_bytes) as (board, server):
+    with on_a_board(setting, variant, memory_bytes, log) as (board, server):
         if scenario.full:
             load(server.url, draw(_FULL_PROMPTS, scenario.number, _FULL_SENTENCES), n_clients, 1)
         before = server.status() if variant == "kvpsi" else {}
@@ -121,13 +133,13 @@ class Room:
         return too_much_bytes / max(1, self.beside_least_bytes), _FITS
 
 
-def measure_room(setting: Setting, memory_bytes: int, n_clients: int) -> Room:
+def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path) -> Room:
     """Start one that is governed, and look while it answers.
 
     Raises:
         EnvironmentProblem: as `play`.
     """
-    with on_a_board(setting, "kvpsi", memory_bytes, KVPSI_CACHE_LIMIT="1%") as (board, server):
+    with on_a_board(setting, "kvpsi", memory_bytes, log, KVPSI_CACHE_LIMIT="1%") as (board, server):
         load(server.url, draw(2 * n_clients, 0), n_clients, N_PREDICT)
         used_bytes = board.cgroups.usage_bytes() or 0
         unused_bytes = server.status()["capacity_bytes"] - server.status()["committed_bytes"]

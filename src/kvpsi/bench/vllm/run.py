@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,8 +47,10 @@ class Plan:
     n_clients: int = 8
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.runs) < 0 or self.rounds + self.runs == 0 or self.n_clients < 1:
-            raise UsageError("Nothing would be measured; give --rounds or --runs, and at least one client.")
+        if min(self.rounds, self.runs) < 0 or self.n_clients < 1:
+            raise UsageError("Give --rounds and --runs of 0 or more, and --clients of 1 or more.")
+        if self.rounds + self.runs == 0:
+            raise UsageError("Nothing would be measured; give --rounds or --runs above 0.")
 
 
 def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
@@ -69,10 +70,10 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
         if plan.runs:
             see_that_boards_can_be_made(BoardSettings(plan.memory_bytes))
         if plan.rounds:
-            _calm(plan, report, calm_table, played, saved_share)
+            _calm(plan, out_dir, report, calm_table, played, saved_share)
         if plan.runs:
             report("measuring what vLLM takes with the fewest blocks")
-            room = measure_room(plan.setting, plan.memory_bytes, plan.n_clients)
+            room = measure_room(plan.setting, plan.memory_bytes, plan.n_clients, _log_of(out_dir, "kvpsi"))
             if room.shares[0] >= room.shares[1]:
                 raise EnvironmentProblem(
                     f"On a board of {format_bytes(plan.memory_bytes)} no neighbour fits beside a governed vLLM that "
@@ -82,10 +83,11 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
             for scenario in scenarios:
                 for variant in VARIANTS if scenario.number % 2 else VARIANTS[::-1]:
                     report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
-                    outcomes.append(play(scenario, variant, plan.setting, plan.memory_bytes, plan.n_clients))
+                    log = _log_of(out_dir, variant)
+                    outcomes.append(play(scenario, variant, plan.setting, plan.memory_bytes, plan.n_clients, log))
                     board_table.add(row_of(outcomes[-1]))
     except KeyboardInterrupt:
-        interrupted = True
+        interrupted = True  # by then all servers and boards are gone
     except EnvironmentProblem as problem:
         if not outcomes and not played:
             raise
@@ -104,13 +106,14 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
     }
 
 
-def _calm(plan: Plan, report: Report, table: Table, played: list[Played], saved_share: list[float]) -> None:
+def _calm(
+    plan: Plan, out_dir: Path, report: Report, table: Table, played: list[Played], saved_share: list[float]
+) -> None:
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvpsi-bench-")))
         servers = {}
         for name, environment in (("stock", {}), ("kvpsi", GOVERNED)):
             report(f"starting vLLM, {name}")
-            servers[name] = stack.enter_context(serving(plan.setting, folder / f"{name}.log", environment))
+            servers[name] = stack.enter_context(serving(plan.setting, _log_of(out_dir, name), environment))
         less_bytes = servers["stock"].rss_bytes() - servers["kvpsi"].rss_bytes()
         saved_share.append(less_bytes / servers["kvpsi"].status()["capacity_bytes"])
         for name, server in servers.items():
@@ -121,6 +124,11 @@ def _calm(plan: Plan, report: Report, table: Table, played: list[Played], saved_
             for each in play_round(servers, number, plan.n_clients, _REQUESTS, plan.seed):
                 played.append(each)
                 table.add(asdict(each))
+
+
+def _log_of(out_dir: Path, variant: str) -> Path:
+    """Where the last server of that kind said what it had to say."""
+    return out_dir / f"vllm-{variant}.log"
 
 
 def _told(outcomes: Sequence[Outcome]) -> str:

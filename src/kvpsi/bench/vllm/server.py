@@ -113,6 +113,7 @@ def serving(
     environ = {**inherited, **_ENVIRONMENT, **own, **(environment or {})}
     with log.open("wb") as output:
         process = (start or subprocess.Popen)(setting.command(port), env=environ, stdout=output, stderr=output)
+    patience_s = 0.0
     server = Server(process, f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{status_port}")
     try:
         deadline_s = time.monotonic() + _START_S
@@ -120,9 +121,10 @@ def serving(
             if process.poll() is not None or time.monotonic() > deadline_s:
                 raise EnvironmentProblem(f"vLLM did not come up; {log} says why.")
             time.sleep(0.5)
+        patience_s = _END_S
         yield server
     finally:
-        _end(process)
+        _end(process, patience_s)
 
 
 def read(url: str) -> str:
@@ -139,13 +141,14 @@ def _is_ready(port: int) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
+def _end(process: subprocess.Popen[Any], patience_s: float) -> None:
+    """Have it end, and see that nothing of it is left; one that is just starting does not listen for long."""
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_END_S)
+        process.wait(patience_s)
     for each in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()

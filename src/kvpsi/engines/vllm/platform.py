@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
+from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, settings_from
 from kvpsi.engines.vllm.supported import refuse_unsupported
 
 _SCHEDULER = "kvpsi.engines.vllm.scheduler.ElasticScheduler"
@@ -21,10 +23,12 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
         """As vLLM does, then the two classes unless ``--scheduler-cls`` and ``--worker-cls`` name others.
 
         Raises:
-            UsageError: this vLLM, or what it is asked for, is not supported.
+            UsageError: this vLLM, or what it is asked for, is not supported, or a variable is not what it must be.
         """
+        is_asked_for()
         super().check_and_update_config(vllm_config)
         refuse_unsupported(vllm_config)
+        refuse_port(settings_from().status_port, sys.argv)  # before minutes of loading
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = _SCHEDULER

@@ -6,6 +6,7 @@ vLLM's own metrics are another process's, so these have a port of their own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -93,9 +94,10 @@ class StatusServer:
     def __init__(self, port: int, status: Callable[[], VllmStatus]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                if self.path == STATUS_PATH:
+                path = self.path.partition("?")[0].rstrip("/")
+                if path == STATUS_PATH:
                     kind, body = "application/json", json.dumps(dataclasses.asdict(status())).encode()
-                elif self.path == "/metrics":
+                elif path == "/metrics":
                     kind, body = "text/plain; version=0.0.4", metrics_text(status())
                 else:
                     self.send_error(404, f"There are {STATUS_PATH} and /metrics.")
@@ -103,8 +105,9 @@ class StatusServer:
                 self.send_response(200)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # who asked is gone
+                    self.end_headers()
+                    self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
                 """Nothing: who reads metrics does so all the time."""

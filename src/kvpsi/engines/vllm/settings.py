@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from kvpsi import units
@@ -12,6 +13,8 @@ from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings, LawSettings
 from kvpsi.governor.shares import ShareSettings
+
+_YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +45,71 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
     Raises:
         UsageError: a variable is not what it must be; the sentence names it.
     """
-    law, log = environ.get("KVPSI_LAW", ""), environ.get("KVPSI_LOG")
+    environ = {name: text for name, text in environ.items() if text.strip()}
+    law = environ.get("KVPSI_LAW", "")
     try:
         constants = law_settings(
             environ.get("KVPSI_RESERVE", "auto"), environ.get("KVPSI_REGROW_ABOVE", "auto"), law=law
         )
-        adapt = adapt_settings(is_yes(environ.get("KVPSI_ADAPT", "")), law)
     except UsageError as error:
-        raise UsageError(f"In KVPSI_RESERVE, KVPSI_REGROW_ABOVE or KVPSI_LAW, {error}") from error
+        raise UsageError(_with_variables(str(error))) from error
     return VllmSettings(
         law=constants,
-        adapt=adapt,
+        adapt=adapt_settings(_is_yes("KVPSI_ADAPT", environ), law),
         share=_beside_others(environ),
         cache_limit=_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
-        log=Path(log) if log else None,
+        log=_log(environ.get("KVPSI_LOG")),
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
     )
 
 
-def is_yes(text: str) -> bool:
-    """Whether a variable says so, in one of the words that command lines take."""
-    return text.strip().lower() in ("1", "true", "t", "yes", "y", "on")
+def refuse_port(status_port: int, arguments: Sequence[str]) -> None:
+    """Raise UsageError if vLLM's own port on its command line is the same: both would take it, and vLLM not answer."""
+    named = [after for option, after in pairwise(arguments) if option == "--port"]
+    named += [option.partition("=")[2] for option in arguments if option.startswith("--port=")]
+    if status_port and str(status_port) == (named[-1] if named else "8000"):
+        raise UsageError(f"KVPSI_STATUS_PORT is {status_port}, which is vLLM's own port; give another one.")
+
+
+def is_asked_for(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``KVPSI_VLLM`` says that the plugin is to be used.
+
+    Raises:
+        UsageError: it says neither yes nor no.
+    """
+    return _is_yes("KVPSI_VLLM", environ)
+
+
+def _is_yes(name: str, environ: Mapping[str, str]) -> bool:
+    text = environ.get(name, "").strip().lower()
+    if text in _YES or text in _NO:
+        return text in _YES
+    raise UsageError(f"{name} is {text}; give 1 for yes, or 0 for no.")
+
+
+def _with_variables(text: str) -> str:
+    for option in ("--reserve", "--regrow-above", "--law"):
+        text = text.replace(option, f"KVPSI_{option[2:].replace('-', '_').upper()}")
+    return text
+
+
+def _log(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise UsageError(f"KVPSI_LOG {text} cannot be written; name a file in a folder that is there.")
+    return Path(text)
 
 
 def _beside_others(environ: Mapping[str, str]) -> ShareSettings:
     weight, priority = environ.get("KVPSI_SHARE_WEIGHT", "1"), environ.get("KVPSI_SHARE_PRIORITY", "0")
     try:
         return ShareSettings(float(weight), int(priority), folder=environ.get("KVPSI_SHARE_DIR", ""))
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
+        why = f" {error}" if isinstance(error, UsageError) else ""
         raise UsageError(
-            f"KVPSI_SHARE_WEIGHT is {weight} and KVPSI_SHARE_PRIORITY {priority}; give a number and a whole number."
+            f"KVPSI_SHARE_WEIGHT is {weight} and KVPSI_SHARE_PRIORITY is {priority}; give a number and a whole "
+            f"number.{why}"
         ) from error
 
 

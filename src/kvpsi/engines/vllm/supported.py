@@ -34,17 +34,21 @@ def refuse_unsupported(config: Any) -> None:
     """Raise UsageError for a ``VllmConfig`` with which others than the scheduler use blocks, or later than it knows."""
     refuse_version(installed_version())
     asked = (
-        (config.kv_transfer_config is not None, "KV transfer, whose connectors read blocks that are free", ""),
-        (config.speculative_config is not None, "speculative decoding", ""),
+        (
+            config.kv_transfer_config is not None,
+            "KV transfer, whose connectors read blocks that are free",
+            "--kv-transfer-config",
+        ),
+        (config.speculative_config is not None, "speculative decoding", "--speculative-config"),
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "--pipeline-parallel-size"),
         (bool(config.scheduler_config.async_scheduling), "asynchronous scheduling", "--async-scheduling"),
-        (config.scheduler_config.watermark > 0, "blocks that vLLM keeps free by itself", "--watermark"),
+        (config.scheduler_config.watermark > 0, "free blocks that vLLM holds back", "--watermark"),
     )
     for is_asked, what, option in asked:
         if is_asked:
             raise UsageError(
-                f"kvpsi does not know when blocks are free with {what}; leave {option or 'it'} out, or start vLLM "
-                "without KVPSI_VLLM=1."
+                f"kvpsi does not know which blocks it may take with {what}; leave {option} out, or start vLLM "
+                "without kvpsi."
             )
 
 
@@ -54,5 +58,5 @@ def refuse_cache(kv_cache_config: Any) -> None:
     if n_groups != 1:
         raise UsageError(
             f"This model has {n_groups} kinds of KV blocks, and kvpsi can give back blocks of one kind only; start "
-            "vLLM without KVPSI_VLLM=1."
+            "vLLM without kvpsi."
         )

@@ -9,10 +9,23 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from kvpsi.engines.vllm.channel import ReleaseServer, address_of
 from kvpsi.engines.vllm.layout import layout_of
 from kvpsi.engines.vllm.supported import refuse_cache
+from kvpsi.errors import UsageError
 
 
 class ElasticWorker(CPUWorker):  # type: ignore[misc]
-    """As vLLM's own, except for a thread that waits for the scheduler."""
+    """As vLLM's own, except for a thread that waits for the scheduler.
+
+    Raises:
+        UsageError: it is vLLM's own scheduler, which never says anything.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
+        if vllm_config.scheduler_config.scheduler_cls is None:
+            raise UsageError(
+                "Without kvpsi's scheduler nothing would be governed: start vLLM with --scheduler-cls "
+                "kvpsi.engines.vllm.scheduler.ElasticScheduler as well, or with KVPSI_VLLM=1."
+            )
+        super().__init__(vllm_config, *args, **options)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Have the KV tensors made, find the blocks in them, and wait for what is to be released.
