@@ -26,6 +26,7 @@ Variant = Literal["kvpsi", "stock"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _FULL_PROMPTS = 96
 _FULL_SENTENCES = 30
+_LOOKS = 3
 _TOO_MUCH = 0.1  # of the board
 _FITS = 0.95
 
@@ -91,7 +92,7 @@ def play(
     """
     with on_a_board(setting, variant, memory_bytes, log) as (board, server):
         if scenario.full:
-            load(server.url, draw(_FULL_PROMPTS, scenario.number, _FULL_SENTENCES), n_clients, 1)
+            _fill(server, scenario.number, n_clients)
         before = server.status() if variant == "kvpsi" else {}
         clients = _Clients(server, scenario.number, n_clients)
         try:
@@ -134,16 +135,25 @@ class Room:
 
 
 def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path) -> Room:
-    """Start one that is governed, and look while it answers.
+    """Start one that is governed, have it do what it will do, and look after it answered.
 
     Raises:
         EnvironmentProblem: as `play`.
     """
     with on_a_board(setting, "kvpsi", memory_bytes, log, KVPSI_CACHE_LIMIT="1%") as (board, server):
-        load(server.url, draw(2 * n_clients, 0), n_clients, N_PREDICT)
-        used_bytes = board.cgroups.usage_bytes() or 0
+        _fill(server, 0, n_clients)  # vLLM itself takes more once it has read long prompts
+        used_bytes = []
+        for seed in range(_LOOKS):
+            load(server.url, draw(2 * n_clients, seed), n_clients, N_PREDICT)
+            used_bytes.append(board.cgroups.usage_bytes() or 0)
         unused_bytes = server.status()["capacity_bytes"] - server.status()["committed_bytes"]
-        return Room(memory_bytes, memory_bytes - used_bytes, memory_bytes - server.anonymous_bytes() - unused_bytes)
+        beside_all_bytes = memory_bytes - server.anonymous_bytes() - unused_bytes
+        return Room(memory_bytes, memory_bytes - max(used_bytes), beside_all_bytes)
+
+
+def _fill(server: Server, seed: int, n_clients: int) -> None:
+    """Cached prefixes in most of the blocks."""
+    load(server.url, draw(_FULL_PROMPTS, seed, _FULL_SENTENCES), n_clients, 1)
 
 
 class _Clients:
