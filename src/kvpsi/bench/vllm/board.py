@@ -57,9 +57,7 @@ class Outcome:
 
 
 @contextmanager
-def on_a_board(
-    setting: Setting, variant: Variant, memory_bytes: int, log: Path, **environment: str
-) -> Iterator[tuple[Board, Server]]:
+def on_a_board(setting: Setting, variant: Variant, memory_bytes: int, log: Path) -> Iterator[tuple[Board, Server]]:
     """A board with a server, that has just started; what it says goes to ``log``.
 
     Raises:
@@ -67,7 +65,7 @@ def on_a_board(
     """
     with open_board(BoardSettings(memory_bytes)) as board:
         start = partial(board.start, group="model")
-        own = {**GOVERNED, **environment} if variant == "kvpsi" else {}
+        own = GOVERNED if variant == "kvpsi" else {}
         starting = True
         try:
             with serving(setting, log, own, start) as server:
@@ -120,8 +118,8 @@ def play(
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a neighbour may take on a board: beside a vLLM that uses as few blocks as it can, with the files that it has
-    in memory, and beside one that uses all, without these, as the kernel drops them before it kills anybody."""
+    """What a neighbour may take on a board: beside a vLLM whose blocks hold nothing, with the files that it has in
+    memory, and beside one that keeps all, without these, as the kernel drops them before it kills anybody."""
 
     memory_bytes: int
     beside_least_bytes: int
@@ -140,15 +138,17 @@ def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path)
     Raises:
         EnvironmentProblem: as `play`.
     """
-    with on_a_board(setting, "kvpsi", memory_bytes, log, KVPSI_CACHE_LIMIT="1%") as (board, server):
-        _fill(server, 0, n_clients)  # vLLM itself takes more once it has read long prompts
-        used_bytes = []
+    with on_a_board(setting, "kvpsi", memory_bytes, log) as (board, server):
+        _fill(server, 0, n_clients)  # vLLM keeps what it needed for many long prompts at once, beside its blocks
+        without_blocks_bytes = []
         for seed in range(_LOOKS):
             load(server.url, draw(2 * n_clients, seed), n_clients, N_PREDICT)
-            used_bytes.append(board.cgroups.usage_bytes() or 0)
-        unused_bytes = server.status()["capacity_bytes"] - server.status()["committed_bytes"]
-        beside_all_bytes = memory_bytes - server.anonymous_bytes() - unused_bytes
-        return Room(memory_bytes, memory_bytes - max(used_bytes), beside_all_bytes)
+            without_blocks_bytes.append((board.cgroups.usage_bytes() or 0) - server.status()["committed_bytes"])
+        status = server.status()
+        beside_all_bytes = (
+            memory_bytes - server.anonymous_bytes() - status["capacity_bytes"] + status["committed_bytes"]
+        )
+        return Room(memory_bytes, memory_bytes - max(without_blocks_bytes), beside_all_bytes)
 
 
 def _fill(server: Server, seed: int, n_clients: int) -> None:

@@ -72,7 +72,7 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
         if plan.rounds:
             _calm(plan, out_dir, report, calm_table, played, saved_share)
         if plan.runs:
-            report("measuring what vLLM takes with the fewest blocks")
+            report("measuring what vLLM takes without its blocks")
             room = measure_room(plan.setting, plan.memory_bytes, plan.n_clients, _log_of(out_dir, "kvpsi"))
             if room.shares[0] >= room.shares[1]:
                 raise EnvironmentProblem(
