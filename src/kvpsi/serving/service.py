@@ -15,6 +15,7 @@ from kvpsi.admission import Pressure
 from kvpsi.errors import KvpsiError
 from kvpsi.governor import Governor
 from kvpsi.governor.cpu import CpuGovernor
+from kvpsi.governor.status import status_of
 from kvpsi.governor.threads import ThreadSettings
 from kvpsi.instrument import Instrument
 from kvpsi.kv.spill import SpillFolder
@@ -143,10 +144,7 @@ class Service:
         """What the server is doing."""
         engine, cache, governor = self.engine, self.context.cache, self.governor
         sizes, counters = engine.memory.status(), engine.counters
-        reading = governor.reading if governor else None
         decision, law = (governor.decision, governor.settings) if governor else (None, None)
-        limit_bytes = reading.headroom.limit_bytes if reading else 0
-        share = decision.share if decision else None
         pressure, threads = self.pressure(), self.cpu_governor.decision if self.cpu_governor else None
         verdict = engine.verdict()
         return Status(
@@ -169,13 +167,6 @@ class Service:
             committed_bytes=cache.committed_cells * cache.bytes_per_cell,
             resident_bytes=cache.resident_bytes(),
             limit_bytes=min(sizes.capacity_bytes, cache.allowed_cells * cache.bytes_per_cell),
-            may_hold_bytes=min(sizes.capacity_bytes, share.may_hold_bytes) if share else 0,
-            all_may_hold_bytes=share.total_bytes if share else 0,
-            share_weight=share.weight if share else 1.0,
-            all_shares_weight=share.weights if share else 1.0,
-            headroom_bytes=reading.headroom.available_bytes if reading else 0,
-            memory_limit_bytes=limit_bytes,
-            memory_pressure=reading.memory.some.share if reading else 0.0,
             cpu_pressure=pressure.cpu_stall,
             io_pressure=pressure.io_stall,
             threads=cache.n_threads or self.context.n_threads,
@@ -184,7 +175,6 @@ class Service:
             concurrency_limit=min(engine.settings.parallel, verdict.limit) if verdict else engine.settings.parallel,
             admission=engine.admission.policy.name,
             admission_reason=verdict.reason if verdict else "",
-            stall_s=governor.stall_s if governor else 0.0,
             releases=cache.releases,
             trims=cache.trims,
             interrupts=cache.interrupts,
@@ -210,15 +200,13 @@ class Service:
             governed=governor is not None and cache.trusted,
             reason=cache.distrust_reason or (decision.reason if decision else "not governed"),
             adapts=governor is not None and governor.adapt is not None,
-            reserve_bytes=law.low_for(limit_bytes) if law else 0,
-            regrow_bytes=law.high_for(limit_bytes) if law else 0,
             lookahead_s=law.lookahead_s if law else 0.0,
             step_share=law.max_step_share if law else 0.0,
             stall_share=law.stall_share if law else 0.0,
             calm_hold_s=law.calm_hold_s if law else 0.0,
             grow_share=law.grow_share if law else 0.0,
-            learned=governor.explained() if governor else [],
             uptime_s=time.time() - self.started_s,
+            **dataclasses.asdict(status_of(governor, sizes.capacity_bytes)),
         )
 
     def _deliver(self, events: list[tuple[Request, Event]]) -> None:

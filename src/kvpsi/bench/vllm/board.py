@@ -143,8 +143,8 @@ def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path)
         without_blocks_bytes = []
         for seed in range(_LOOKS):
             load(server.url, draw(2 * n_clients, seed), n_clients, N_PREDICT)
-            without_blocks_bytes.append((board.cgroups.usage_bytes() or 0) - server.status()["committed_bytes"])
-        status = server.status()
+            status = server.status()
+            without_blocks_bytes.append((board.cgroups.usage_bytes() or 0) - status["committed_bytes"])
         beside_all_bytes = (
             memory_bytes - server.anonymous_bytes() - status["capacity_bytes"] + status["committed_bytes"]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported
 from kvpsi.errors import EnvironmentProblem, LayoutError, UsageError
 from kvpsi.governor import Governor
 from kvpsi.governor.sharing import open_sharing
+from kvpsi.governor.status import status_of
 from kvpsi.instrument import Instrument, Instruments, JsonLines
 from kvpsi.units import format_bytes
 
@@ -108,15 +110,13 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
 
     def status(self) -> VllmStatus:
         """What it is doing; from any thread."""
-        sizes, reading, decision = self.balloon.status(), self.governor.reading, self.governor.decision
+        sizes, decision = self.balloon.status(), self.governor.decision
         try:
             resident_bytes = self.workers.resident_bytes()
         except EnvironmentProblem:
             resident_bytes = sizes.used_bytes
         block_bytes = self.balloon.settings.block_bytes
         running, waiting = self.get_request_counts()
-        law, memory_limit_bytes = self.governor.settings, reading.headroom.limit_bytes if reading else 0
-        share = decision.share if decision else None
         names = self.vllm_config.model_config.served_model_name
         return VllmStatus(
             model=names if isinstance(names, str) else names[0],
@@ -128,25 +128,15 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             committed_bytes=sizes.used_bytes,
             resident_bytes=resident_bytes,
             limit_bytes=self.balloon.allowed_blocks * block_bytes,
-            may_hold_bytes=min(sizes.capacity_bytes, share.may_hold_bytes) if share else 0,
-            all_may_hold_bytes=share.total_bytes if share else 0,
-            share_weight=share.weight if share else 1.0,
-            all_shares_weight=share.weights if share else 1.0,
-            headroom_bytes=reading.headroom.available_bytes if reading else 0,
-            memory_limit_bytes=memory_limit_bytes,
-            memory_pressure=reading.memory.some.share if reading else 0.0,
             concurrency_limit=self.concurrency_limit,
-            stall_s=self.governor.stall_s,
             releases=self.balloon.releases,
             returned_bytes=sizes.returned_bytes,
             pauses=self.pauses,
             governed=self.balloon.failure is None,
             reason=self.balloon.failure or (decision.reason if decision else ""),
-            reserve_bytes=law.low_for(memory_limit_bytes),
-            regrow_bytes=law.high_for(memory_limit_bytes),
-            learned=self.governor.explained(),
             blocks=self.balloon.n_blocks,
             pool_blocks=self.balloon.pool_blocks,
+            **dataclasses.asdict(status_of(self.governor, sizes.capacity_bytes)),
         )
 
     def schedule(self, *args: Any, **options: Any) -> Any:
