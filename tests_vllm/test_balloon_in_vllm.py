@@ -159,6 +159,23 @@ def test_toggled_at_random_under_eight_clients_for_a_minute(stock: Stock, steere
     assert after["governed"], after["reason"]
 
 
+def test_clients_that_hang_up_leave_no_block_taken(stock: Stock, steered: Served) -> None:
+    chance = random.Random(11)
+    settled(steered, 363)
+    for number in range(12):
+        gone = [threading.Thread(target=steered.hang_up, args=(prompt, number % 3)) for prompt in PROMPTS[:8]]
+        for thread in gone:
+            thread.start()
+        steered.limit(chance.choice([FLOOR, 2 * FLOOR, 120]))
+        for thread in gone:
+            thread.join()
+    settled(steered, 2 * FLOOR)
+    until(lambda: steered.vllm_metric("num_requests_running") == steered.vllm_metric("num_requests_waiting") == 0)
+    until(lambda: steered.status()["used_bytes"] == 0)
+    same(steered, stock, PROMPTS[:8])
+    assert steered.status()["governed"], steered.status()["reason"]
+
+
 def test_the_prefix_cache_can_be_reset_while_inflated(steered: Served) -> None:
     settled(steered, FLOOR)
     until(lambda: steered.vllm_metric("num_requests_running") == 0)

@@ -11,7 +11,7 @@ import pytest
 from kvpsi.bench.client import Load
 from kvpsi.bench.oom.scenarios import draw
 from kvpsi.bench.vllm import calm
-from kvpsi.bench.vllm.board import Outcome, Room, Variant
+from kvpsi.bench.vllm.board import Outcome, Room, Variant, patient
 from kvpsi.bench.vllm.calm import Played, play_round
 from kvpsi.bench.vllm.model import folder_of
 from kvpsi.bench.vllm.run import Plan, board_figures, calm_figures, row_of
@@ -20,14 +20,21 @@ from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.hog import HogReport
 
 SETTING = Setting(Path("folder"))
+ROOM = Room(memory_bytes=3 << 30, beside_least_bytes=1 << 30, beside_all_bytes=1 << 28)
 SCENARIO = draw(1, 1, {1: 1 << 30}, swaps=("none",))[0]
 
 
 def outcome(
-    variant: Variant, *, kills: int = 0, answers: bool = True, completed: bool = True, failed: int = 0
+    variant: Variant,
+    *,
+    kills: int = 0,
+    answers: bool = True,
+    completed: bool = True,
+    failed: int = 0,
+    hog_bytes: int = 1 << 29,
 ) -> Outcome:
-    hog = HogReport(completed, None if completed else "SIGKILL", 1.0, 1 << 30, 0.1, 0.0)
-    return Outcome(SCENARIO, variant, hog, kills, answers, 9, failed, 1 << 31, 0.0, 0, 0)
+    hog = HogReport(completed, None if completed else "SIGKILL", 1.0, hog_bytes, 0.1, 0.0)
+    return Outcome(SCENARIO, variant, hog, kills, answers, 9, failed, 1 << 31, 0.0, 0, 0, ROOM)
 
 
 def values(found: list[Any]) -> dict[str, tuple[float, bool | None]]:
@@ -75,6 +82,19 @@ def test_a_run_counts_as_survived_if_both_lived() -> None:
     assert found["kvpsi.runs_not_survived"] == (2, False) and found["kvpsi.runs_with_kills"] == (1, False)
     assert found["kvpsi.failed_requests"] == (2, False) and found["stock.share_of_runs_with_kills"] == (0.5, False)
     assert row_of(bad[1])["hog_killed_by"] == "SIGKILL"
+
+
+def test_a_neighbour_that_took_no_more_than_stock_has_room_for_shows_nothing() -> None:
+    found = values(board_figures([outcome("kvpsi", hog_bytes=(1 << 28) + 1), outcome("kvpsi", hog_bytes=1 << 28)]))
+    assert found["kvpsi.runs_not_survived"] == (1, False) and found["kvpsi.runs_with_kills"] == (0, True)
+
+
+def test_a_neighbour_comes_back_and_stays() -> None:
+    for scenario in draw(12, 1, {1: 1 << 30}, swaps=("none",)):
+        hog = patient(scenario.hog)
+        after_growing = [hog.target_bytes(n * hog.period_s + hog.grown_s * 0.99) for n in (0, 1)]
+        assert hog.duration_s >= 2 * hog.period_s and hog.hold_s >= 10
+        assert min(after_growing) > 0.9 * hog.size_bytes
 
 
 def test_neighbours_fit_beside_the_governed_one_only() -> None:

@@ -20,6 +20,7 @@ def examine(root: Path = Path("/")) -> list[Finding]:
         memory.locking(),
         *cpu.processors(root),
         runtime.llama_cpp(),
+        *runtime.vllm(),
         runtime.model_cache(),
         runtime.default_model(),
     ]

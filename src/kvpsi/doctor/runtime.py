@@ -1,4 +1,4 @@
-"""Is there a llama.cpp that works, and a model for it?"""
+"""Is there a llama.cpp that works, a vLLM that is known, and a model?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from kvpsi.doctor.finding import Finding
-from kvpsi.errors import KvpsiError
+from kvpsi.engines.vllm.supported import installed_version, refuse_version
+from kvpsi.errors import KvpsiError, UsageError
 from kvpsi.models import DEFAULT_MODEL, cache_dir, cached_model_path
 from kvpsi.units import format_bytes
 
@@ -44,6 +45,18 @@ def llama_cpp(timeout_s: float = _IMPORT_LIMIT_S) -> Finding:
     if not TESTED_FROM <= _numbers(version) < TESTED_BELOW:
         return Finding(name, "warn", f"llama-cpp-python {version} was not tested with this kvpsi", fix)
     return Finding(name, "ok", f"llama-cpp-python {version}")
+
+
+def vllm() -> list[Finding]:
+    """Whether the installed vLLM is one that the plugin knows; nothing where there is none."""
+    version = installed_version()
+    if not version:
+        return []
+    try:
+        refuse_version(version)
+    except UsageError as why:
+        return [Finding("vLLM", "warn", f"vLLM {version} cannot be governed", str(why))]
+    return [Finding("vLLM", "ok", f"vLLM {version}")]
 
 
 def model_cache() -> Finding:

@@ -6,7 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ from kvpsi.bench.vllm.calm import N_PREDICT
 from kvpsi.bench.vllm.server import GOVERNED, Server, Setting, serving
 from kvpsi.board import Board, BoardSettings, open_board
 from kvpsi.errors import EnvironmentProblem
-from kvpsi.hog import Hog, HogReport
+from kvpsi.hog import Hog, HogReport, HogSettings
 from kvpsi.units import format_bytes
 
 Variant = Literal["kvpsi", "stock"]
@@ -29,6 +29,24 @@ _FULL_SENTENCES = 30
 _LOOKS = 3
 _TOO_MUCH = 0.1  # of the board
 _FITS = 0.95
+_PERIODS = 2
+_HOLD_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a neighbour may take on a board: beside a vLLM whose blocks hold nothing, with the files that it has in
+    memory, and beside one that keeps all, without these, as the kernel drops them before it kills anybody."""
+
+    memory_bytes: int
+    beside_least_bytes: int
+    beside_all_bytes: int
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the first, between which a neighbour lives beside the one, and cannot live beside the other."""
+        too_much_bytes = max(0, self.beside_all_bytes) + _TOO_MUCH * self.memory_bytes
+        return too_much_bytes / max(1, self.beside_least_bytes), _FITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,7 @@ class Outcome:
         failed: requests that did not.
         before_bytes: what the blocks held before the neighbour came; 0 for stock, which does not say.
         returned_bytes: what was given back from then on; 0 for stock.
+        room: what a neighbour may take.
     """
 
     scenario: Scenario
@@ -54,6 +73,12 @@ class Outcome:
     stall_s: float
     before_bytes: int
     returned_bytes: int
+    room: Room
+
+    @property
+    def survived(self) -> bool:
+        """Whether vLLM and the neighbour are alive, and the neighbour had more than fits beside one that keeps all."""
+        return self.answers and self.hog.completed and self.hog.peak_bytes > self.room.beside_all_bytes
 
 
 @contextmanager
@@ -79,16 +104,19 @@ def on_a_board(setting: Setting, variant: Variant, memory_bytes: int, log: Path)
             raise
 
 
-def play(
-    scenario: Scenario, variant: Variant, setting: Setting, memory_bytes: int, n_clients: int, log: Path
-) -> Outcome:
-    """Play it.
+def patient(hog: HogSettings) -> HogSettings:
+    """The same, that comes back, and stays for a while: once it may be kept from its size, as processors are short."""
+    return replace(hog, hold_s=max(_HOLD_S, _PERIODS * hog.period_s - hog.grown_s))
+
+
+def play(scenario: Scenario, variant: Variant, setting: Setting, room: Room, n_clients: int, log: Path) -> Outcome:
+    """Play it on a board as large as that on which the room was measured.
 
     Raises:
         EnvironmentProblem: no board can be made here, or the server did not come up, or not through what comes before
             the neighbour.
     """
-    with on_a_board(setting, variant, memory_bytes, log) as (board, server):
+    with on_a_board(setting, variant, room.memory_bytes, log) as (board, server):
         if scenario.full:
             _fill(server, scenario.number, n_clients)
         before = server.status() if variant == "kvpsi" else {}
@@ -113,23 +141,8 @@ def play(
         figures.stall_s or 0.0,
         before.get("committed_bytes", 0),
         after.get("returned_bytes", 0) - before.get("returned_bytes", 0),
+        room,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a neighbour may take on a board: beside a vLLM whose blocks hold nothing, with the files that it has in
-    memory, and beside one that keeps all, without these, as the kernel drops them before it kills anybody."""
-
-    memory_bytes: int
-    beside_least_bytes: int
-    beside_all_bytes: int
-
-    @property
-    def shares(self) -> tuple[float, float]:
-        """Of the first, between which a neighbour lives beside the one, and cannot live beside the other."""
-        too_much_bytes = max(0, self.beside_all_bytes) + _TOO_MUCH * self.memory_bytes
-        return too_much_bytes / max(1, self.beside_least_bytes), _FITS
 
 
 def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path) -> Room:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvpsi.bench.oom.scenarios import draw
 from kvpsi.bench.processes import see_that_boards_can_be_made
 from kvpsi.bench.prompts import draw as draw_prompts
 from kvpsi.bench.table import Table
-from kvpsi.bench.vllm.board import VARIANTS, Outcome, Room, measure_room, play
+from kvpsi.bench.vllm.board import VARIANTS, Outcome, Room, measure_room, patient, play
 from kvpsi.bench.vllm.calm import N_PREDICT, Played, play_round
 from kvpsi.bench.vllm.server import GOVERNED, Setting, serving
 from kvpsi.board import BoardSettings
@@ -80,11 +80,11 @@ def run(plan: Plan, out_dir: Path, report: Report) -> dict[str, Any]:
                     "does not fit beside stock vLLM: change --memory, or raise --kv-gib."
                 )
             scenarios = draw(plan.runs, plan.seed, {1: room.beside_least_bytes}, swaps=("none",), shares=room.shares)
-            for scenario in scenarios:
+            for scenario in (replace(each, hog=patient(each.hog)) for each in scenarios):
                 for variant in VARIANTS if scenario.number % 2 else VARIANTS[::-1]:
                     report(f"playing, {scenario.number + 1} of {plan.runs}: {variant}, {_told(outcomes)}")
                     log = _log_of(out_dir, variant)
-                    outcomes.append(play(scenario, variant, plan.setting, plan.memory_bytes, plan.n_clients, log))
+                    outcomes.append(play(scenario, variant, plan.setting, room, plan.n_clients, log))
                     board_table.add(row_of(outcomes[-1]))
     except KeyboardInterrupt:
         interrupted = True  # by then all servers and boards are gone
@@ -159,8 +159,7 @@ def board_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
     found = []
     if governed:
         found.append(Figure("kvpsi.runs_with_kills", float(sum(bool(o.kills) for o in governed)), "", 0.0, "=="))
-        lost = sum(not (o.answers and o.hog.completed) for o in governed)
-        found.append(Figure("kvpsi.runs_not_survived", float(lost), "", 0.0, "=="))
+        found.append(Figure("kvpsi.runs_not_survived", float(sum(not o.survived for o in governed)), "", 0.0, "=="))
         found.append(Figure("kvpsi.failed_requests", float(sum(o.failed for o in governed)), "", 0.0, "=="))
     if stock:
         found.append(
