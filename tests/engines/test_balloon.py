@@ -24,9 +24,19 @@ class Machine:
         self.held = set(range(1, n_blocks))
         self.fails = False
         self.released: list[Run] = []
+        self.provided: list[list[Run]] = []
         self.balloon = Balloon(
-            self.pool, BalloonSettings(SIZE, **{"floor_blocks": 5, **settings}), self.release, clock=lambda: self.now_s
+            self.pool,
+            BalloonSettings(SIZE, **{"floor_blocks": 5, **settings}),
+            self.release,
+            provide=self.provide,
+            clock=lambda: self.now_s,
         )
+
+    def provide(self, runs: list[Run]) -> None:
+        if self.fails:
+            raise EnvironmentProblem("a worker is gone")
+        self.provided.append(runs)
 
     def release(self, runs: list[Run]) -> int:
         if self.fails:
@@ -67,6 +77,36 @@ def test_nothing_is_resident_after_the_start_and_all_blocks_are_in_the_pool(mach
     assert status.capacity_bytes == status.returned_bytes == 40 * SIZE
     assert machine.pool.get_num_free_blocks() == 40
     assert machine.released == [(1, 41)]
+
+
+def test_memory_is_found_once_for_blocks_that_had_none(machine: Machine) -> None:
+    blocks = machine.write(3)
+    machine.balloon.provide_fresh()
+    with machine.balloon.lock:
+        machine.balloon.written([block.block_id for block in blocks])
+    machine.balloon.provide_fresh()
+    assert machine.provided == [runs_of(sorted(block.block_id for block in blocks))]
+
+
+def test_no_memory_is_found_ahead_under_a_limit_nor_for_blocks_that_went(machine: Machine) -> None:
+    machine.balloon.set_limit(20 * SIZE, None)
+    machine.write(3)
+    machine.balloon.provide_fresh()
+    machine.balloon.set_limit(40 * SIZE, None)
+    machine.end(machine.write(2))
+    machine.now_s = 10
+    machine.balloon.settle()
+    machine.now_s = 20
+    machine.balloon.settle()
+    machine.balloon.provide_fresh()
+    assert not machine.provided
+
+
+def test_a_worker_that_is_gone_when_memory_is_to_be_found(machine: Machine) -> None:
+    machine.write(3)
+    machine.fails = True
+    machine.balloon.provide_fresh()
+    assert machine.balloon.failure == "a worker is gone"
 
 
 def test_what_is_empty_leaves_the_pool_at_once(machine: Machine) -> None:

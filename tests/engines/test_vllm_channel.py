@@ -45,6 +45,7 @@ def test_all_workers_release_and_tell() -> None:
     assert (workers.n_blocks, workers.block_bytes) == (8, 20)
     assert workers.release([(1, 4), (6, 7)]) == 8
     assert workers.resident_bytes() == 10
+    workers.provide([(1, 4)])
     workers.close()
 
 

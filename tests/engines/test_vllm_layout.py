@@ -10,6 +10,7 @@ import pytest
 
 from kvpsi.engines.vllm.layout import BlockLayout, Plane, layout_of
 from kvpsi.errors import LayoutError
+from kvpsi.kv import pages
 from kvpsi.kv.pages import PAGE_BYTES
 
 
@@ -87,6 +88,16 @@ def test_blocks_that_hold_all_layers_side_by_side() -> None:
 def test_layers_that_share_a_tensor_count_once() -> None:
     arrays = layers()
     assert layout_of(map(ArrayTensor, [*arrays, arrays[0]]), 10).block_bytes == 9 * PAGE_BYTES
+
+
+def test_memory_is_ready_before_blocks_are_written_to_and_contents_stay() -> None:
+    arrays = layers()
+    layout = layout_of(map(ArrayTensor, arrays), 10)
+    layout.release([(0, 5)])
+    layout.provide([(3, 7)])
+    assert pages.present_bytes(layout.pages_of([(3, 5)])) == 2 * layout.block_bytes
+    assert pages.present_bytes(layout.pages_of([(0, 3)])) == 0
+    assert (arrays[0][5:7] == 7).all() and not arrays[0][3:5].any()
 
 
 def test_memory_of_blocks_is_counted_as_the_kernel_does() -> None:

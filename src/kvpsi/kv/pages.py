@@ -22,6 +22,7 @@ _MOST_AT_ONCE = 1024  # UIO_MAXIOV
 _MADV_NOHUGEPAGE = 15
 _MADV_DONTDUMP = 16
 _MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 _MADV_DODUMP = 17
 _SMAPS_HEAD = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 _SMAPS_FIELD = re.compile(rb"^(Rss|Swap): +([0-9]+) kB", re.MULTILINE)
@@ -79,6 +80,16 @@ def populate(ranges: Sequence[Mapping]) -> None:
         OSError: the kernel does not know it, or the file cannot be read.
     """
     _advise(ranges, _MADV_POPULATE_READ)
+
+
+def provide(ranges: Sequence[Mapping]) -> None:
+    """Have the kernel find memory for pages before they are written to (madvise(2), MADV_POPULATE_WRITE, since Linux
+    5.14); what they hold stays.
+
+    Raises:
+        OSError: the kernel does not know it, or has no memory.
+    """
+    _advise(ranges, _MADV_POPULATE_WRITE)
 
 
 def _advise(ranges: Sequence[Mapping], advice: int) -> None:

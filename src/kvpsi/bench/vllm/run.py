@@ -17,7 +17,7 @@ from kvpsi.bench.prompts import draw as draw_prompts
 from kvpsi.bench.table import Table
 from kvpsi.bench.vllm.board import VARIANTS, Outcome, Room, measure_room, patient, play
 from kvpsi.bench.vllm.calm import N_PREDICT, Played, play_round
-from kvpsi.bench.vllm.server import GOVERNED, Setting, serving
+from kvpsi.bench.vllm.server import GOVERNED, Server, Setting, serving
 from kvpsi.board import BoardSettings
 from kvpsi.errors import EnvironmentProblem, UsageError
 from kvpsi.units import format_bytes
@@ -113,11 +113,11 @@ def _calm(
     """With fresh servers now and then, as one process may be a little faster than another one of the same kind."""
     for first in range(0, plan.rounds, _ROUNDS_EACH):
         with contextlib.ExitStack() as stack:
-            servers = {}
-            for name in VARIANTS if first // _ROUNDS_EACH % 2 else VARIANTS[::-1]:
-                report(f"starting vLLM, {name}")
-                own = GOVERNED if name == "kvpsi" else {}
-                servers[name] = stack.enter_context(serving(plan.setting, _log_of(out_dir, name), own))
+            servers: dict[str, Server] = {}
+            for variant in VARIANTS if first // _ROUNDS_EACH % 2 else VARIANTS[::-1]:
+                report(f"starting vLLM, {variant}")
+                own = GOVERNED if variant == "kvpsi" else {}
+                servers[variant] = stack.enter_context(serving(plan.setting, _log_of(out_dir, variant), own))
             less_bytes = servers["stock"].rss_bytes() - servers["kvpsi"].rss_bytes()
             saved_share.append(less_bytes / servers["kvpsi"].status()["capacity_bytes"])
             for name, server in servers.items():

@@ -114,6 +114,7 @@ class Balloon:
         settings: sizes and times.
         release: gives back the memory of runs of blocks and returns when it is done; EnvironmentProblem if it is not,
             and nothing is being done about it any more.
+        provide: finds memory for runs of blocks that are about to be written to, and returns when it is done.
         instrument: sees what was given, as ``release``.
         clock: seconds.
     """
@@ -124,6 +125,7 @@ class Balloon:
         settings: BalloonSettings,
         release: Callable[[list[Run]], int],
         *,
+        provide: Callable[[list[Run]], None] = lambda _: None,
         instrument: Instrument | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -134,13 +136,14 @@ class Balloon:
         self.failure: str | None = None
         self.returned_bytes = 0
         self.releases = 0
-        self._pool, self._release, self._clock = pool, release, clock
+        self._pool, self._release, self._provide, self._clock = pool, release, provide, clock
         self._floor = min(settings.floor_blocks, self.n_blocks)
         most = self.n_blocks if settings.most_blocks is None else min(settings.most_blocks, self.n_blocks)
         self._most = max(most, self._floor)
         self._allowed = self._most
         self._resident = set(range(1, pool.num_gpu_blocks))  # vLLM writes zeros over everything when it starts
         self._idle_since_s = dict.fromkeys(self._resident, -math.inf)
+        self._fresh: set[int] = set()
         self._out: dict[int, Block] = {}
         self._leaving: dict[int, Block] = {}
         self._releasing: dict[int, Block] = {}
@@ -222,7 +225,10 @@ class Balloon:
         """These are about to be written to; call it with the lock held."""
         for block_id in block_ids:
             if block_id:
-                self._resident.add(block_id)
+                if block_id not in self._resident:
+                    self._resident.add(block_id)
+                    self._fresh.add(block_id)
+                    self._wake.set()
                 self._idle_since_s.pop(block_id, None)
 
     def shrink(self) -> None:
@@ -361,6 +367,19 @@ class Balloon:
             self._allow(self._most)
         log.warning("kvpsi: memory is not given back any more, and vLLM has its blocks again: %s", why)
 
+    def provide_fresh(self) -> None:
+        """Find memory for blocks before the model writes to their pages one by one, which costs it several times as
+        much; not while memory is short."""
+        with self._settling:  # nothing is released meanwhile
+            with self.lock:
+                ids = sorted(self._fresh & self._resident) if self._allowed == self._most else []
+                self._fresh.clear()
+            if ids:
+                try:
+                    self._provide(runs_of(ids))
+                except EnvironmentProblem as problem:
+                    self._give_up(str(problem))
+
     def _settle_all(self) -> None:
         while self.settle() and not self._ended.is_set():
             pass
@@ -372,6 +391,7 @@ class Balloon:
             if self._ended.is_set() or self.failure:
                 return
             try:
+                self.provide_fresh()
                 self._settle_all()
             except Exception:
                 log.exception("kvpsi: idle blocks could not be given back")

@@ -1,8 +1,9 @@
 """How scheduler and workers talk: JSON lines over a socket without a file, as they are processes of their own.
 
 The scheduler asks, a worker answers: ``{"release": [[first, end], ...]}`` gives back runs of blocks and tells how many
-bytes, ``{"resident": true}`` tells the memory of all blocks. A worker answers when it has done what it was asked, and
-closes the connection only when it does nothing any more: whatever comes, the blocks are the scheduler's again.
+bytes, ``{"provide": [[first, end], ...]}`` has memory ready for some that are about to be written to, and
+``{"resident": true}`` tells the memory of all blocks. A worker answers when it has done what it was asked, and closes
+the connection only when it does nothing any more: whatever comes, the blocks are the scheduler's again.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ class ReleaseServer:
         try:
             if "release" in asked:
                 return {"bytes": self.layout.release([(first, end) for first, end in asked["release"]])}
+            if "provide" in asked:
+                self.layout.provide([(first, end) for first, end in asked["provide"]])
+                return {"bytes": 0}
             return {"bytes": self.layout.resident_bytes()}
         except Exception as error:  # whatever it is, somebody waits for an answer
             return {"error": repr(error)}
@@ -111,6 +115,14 @@ class Workers:
             EnvironmentProblem: a worker could not, or is gone; none of them works on it any more.
         """
         return self._ask({"release": list(runs)})
+
+    def provide(self, runs: Iterable[Run]) -> None:
+        """Have all find memory for runs of blocks, before vLLM writes to them. Returns when it is done.
+
+        Raises:
+            EnvironmentProblem: a worker is gone.
+        """
+        self._ask({"provide": list(runs)})
 
     def resident_bytes(self) -> int:
         """Memory of all blocks as the kernel counts it.

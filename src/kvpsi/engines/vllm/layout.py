@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +94,11 @@ class BlockLayout:
         present = pages.present_bytes(inside)
         pages.release(inside)
         return present
+
+    def provide(self, runs: Iterable[Run]) -> None:
+        """Have memory ready for runs of blocks that are about to be written to, if the kernel can."""
+        with contextlib.suppress(OSError):  # then each page comes when it is written to
+            pages.provide(self.pages_of(runs))
 
     def resident_bytes(self) -> int:
         """Memory of all blocks as the kernel counts it (smaps)."""

@@ -81,7 +81,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             format_bytes(sizes.block_bytes),
             floor,
         )
-        return Balloon(pool, sizes, self.workers.release, instrument=instrument)
+        return Balloon(pool, sizes, self.workers.release, provide=self.workers.provide, instrument=instrument)
 
     def make_governor(self, balloon: Balloon, settings: VllmSettings, instrument: Instrument) -> Governor:
         """What says how large the pool may be: this machine's kernel, by the law, and other governed models."""
