@@ -53,6 +53,7 @@ def test_variables_have_the_names_of_the_options_of_the_server() -> None:
         ("KVPSI_REGROW_ABOVE", "-1"),
         ("KVPSI_CACHE_LIMIT", "170%"),
         ("KVPSI_LAW", "speed=3"),
+        ("KVPSI_LAW", "grow_share=5"),
         ("KVPSI_STATUS_PORT", "70000"),
         ("KVPSI_STATUS_PORT", "http"),
         ("KVPSI_SHARE_WEIGHT", "double"),

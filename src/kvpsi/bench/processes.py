@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import subprocess
 
 from kvpsi.board import BoardSettings, open_board
-from kvpsi.errors import KvpsiError
+from kvpsi.errors import EnvironmentProblem, KvpsiError
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """A port of 127.0.0.1 at which nobody listens, nor is the kernel going to give it to somebody by itself before it
+    is used: those are from 32768 on.
+
+    Raises:
+        EnvironmentProblem: there is none.
+    """
+    for port in random.sample(range(10_000, 32_768), 200):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise EnvironmentProblem("No free port was found between 10000 and 32767; end what listens there.")
 
 
 def must_have_been_killed(process: subprocess.Popen[str]) -> None:

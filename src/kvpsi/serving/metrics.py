@@ -87,7 +87,7 @@ def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
     yield "kvpsi_kv_virtual_bytes", "The whole cache, as the stock engine would hold it.", s.capacity_bytes
     yield "kvpsi_kv_committed_bytes", "Memory of what is in use of it.", s.committed_bytes
     yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
-    yield "kvpsi_kv_limit_bytes", "What may be taken now, saved conversations included.", s.limit_bytes
+    yield "kvpsi_kv_limit_bytes", "What of the cache may hold memory now.", s.limit_bytes
     yield "kvpsi_may_hold_bytes", "What this model may hold beside others; 0: it is alone.", s.may_hold_bytes
     yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
     yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes

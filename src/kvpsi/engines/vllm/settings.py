@@ -90,7 +90,7 @@ def _is_yes(name: str, environ: Mapping[str, str]) -> bool:
 def _with_variables(text: str) -> str:
     for option in ("--reserve", "--regrow-above", "--law"):
         text = text.replace(option, f"KVPSI_{option[2:].replace('-', '_').upper()}")
-    return text
+    return text if "KVPSI_" in text else f"KVPSI_LAW: {text}"
 
 
 def _log(text: str | None) -> Path | None:
