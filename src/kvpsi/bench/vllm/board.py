@@ -31,6 +31,7 @@ _TOO_MUCH = 0.1  # of the board
 _FITS = 0.95
 _PERIODS = 2
 _HOLD_S = 10.0
+_LONGER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,10 @@ def on_a_board(setting: Setting, variant: Variant, memory_bytes: int, log: Path)
 
 
 def patient(hog: HogSettings) -> HogSettings:
-    """The same, that comes back, and stays for a while: once it may be kept from its size, as processors are short."""
-    return replace(hog, hold_s=max(_HOLD_S, _PERIODS * hog.period_s - hog.grown_s))
+    """The same with more time to get to its size, that comes back, and stays for a while: as processors are short it
+    may be kept from its size for once."""
+    period_s = hog.period_s + _LONGER_S * (2 if hog.shape == "pulse" else 1)  # a pulse grows in half of it
+    return replace(hog, period_s=period_s, hold_s=max(_HOLD_S, _PERIODS * period_s - hog.grown_s))
 
 
 def play(scenario: Scenario, variant: Variant, setting: Setting, room: Room, n_clients: int, log: Path) -> Outcome:
@@ -117,8 +120,7 @@ def play(scenario: Scenario, variant: Variant, setting: Setting, room: Room, n_c
             the neighbour.
     """
     with on_a_board(setting, variant, room.memory_bytes, log) as (board, server):
-        if scenario.full:
-            _fill(server, scenario.number, n_clients)
+        _fill(server, scenario.number, n_clients, _FULL_PROMPTS if scenario.full else n_clients)
         before = server.status() if variant == "kvpsi" else {}
         clients = _Clients(server, scenario.number, n_clients)
         try:
@@ -152,7 +154,7 @@ def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path)
         EnvironmentProblem: as `play`.
     """
     with on_a_board(setting, "kvpsi", memory_bytes, log) as (board, server):
-        _fill(server, 0, n_clients)  # vLLM keeps what it needed for many long prompts at once, beside its blocks
+        _fill(server, 0, n_clients, _FULL_PROMPTS)
         without_blocks_bytes = []
         for seed in range(_LOOKS):
             load(server.url, draw(2 * n_clients, seed), n_clients, N_PREDICT)
@@ -164,9 +166,9 @@ def measure_room(setting: Setting, memory_bytes: int, n_clients: int, log: Path)
         return Room(memory_bytes, memory_bytes - max(without_blocks_bytes), beside_all_bytes)
 
 
-def _fill(server: Server, seed: int, n_clients: int) -> None:
-    """Cached prefixes in most of the blocks."""
-    load(server.url, draw(_FULL_PROMPTS, seed, _FULL_SENTENCES), n_clients, 1)
+def _fill(server: Server, seed: int, n_clients: int, n_prompts: int) -> None:
+    """Long prompts, which stay as cached prefixes; and beside its blocks vLLM keeps what it needed for many at once."""
+    load(server.url, draw(n_prompts, seed, _FULL_SENTENCES), n_clients, 1)
 
 
 class _Clients:
