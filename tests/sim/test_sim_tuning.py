@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvpsi.cli.main import main
-from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.cli.tune import options_of
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings, LawSettings
+from kvpsi.governor.options import adapt_settings, law_settings
 from kvpsi.sim.boards import MIB, Board
 from kvpsi.sim.comparison import Compared, figures, play_with
 from kvpsi.sim.controllers import Law

@@ -16,7 +16,7 @@ from kvpsi import models, units
 from kvpsi.cli.output import print_json
 from kvpsi.cli.prompt import whole_prompt
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import cache_settings, law_settings, remark_on_protection
+from kvpsi.cli.settings import cache_settings, remark_on_protection
 from kvpsi.errors import CacheRefusedError, EnvironmentProblem, ModelFileError, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def generate(
     from kvpsi.cli.eventlog import EventLog
     from kvpsi.engines.loading import LoadSettings, preview, show_errors_only, usable_threads
     from kvpsi.generation import Answer, Sampling
+    from kvpsi.governor.options import law_settings
     from kvpsi.kv.policies import policy_named
 
     if log is not None and no_govern:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.instrument import Instrument
 from kvpsi.units import format_bytes, parse_bytes
 
@@ -34,6 +33,7 @@ def kvcached(
     """Lower kvcached's limit while others need the memory, and raise it again, until Ctrl-C."""
     from kvpsi.engines.kvcached import KvcachedCache, Kvctl
     from kvpsi.governor import Governor
+    from kvpsi.governor.options import adapt_settings, law_settings
 
     settings = law_settings(reserve, regrow_above, law=law)
     cache = KvcachedCache(Kvctl(name), floor_bytes=parse_bytes(floor), most_bytes=parse_bytes(most) if most else None)

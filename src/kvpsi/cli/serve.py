@@ -14,7 +14,7 @@ import typer
 from kvpsi import models, units
 from kvpsi.cli.output import one_line
 from kvpsi.cli.pull import progress_on_stderr
-from kvpsi.cli.settings import adapt_settings, cache_settings, law_settings, remark_on_protection
+from kvpsi.cli.settings import cache_settings, remark_on_protection
 from kvpsi.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def serve(
         ) from error
     from kvpsi.admission import policy_named as admission_policy_named
     from kvpsi.cli.eventlog import EventLog
+    from kvpsi.governor.options import adapt_settings, law_settings
     from kvpsi.governor.shares import ShareSettings
     from kvpsi.kv.policies import policy_named
 

@@ -13,7 +13,6 @@ import typer
 from kvpsi.cli import fleet as fleets
 from kvpsi.cli.bench.show import in_words, show, status_on_stderr, usable_folder
 from kvpsi.cli.output import one_line, print_json
-from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.cli.situation import (
     DEFAULT_NEIGHBOURS,
     BoardOption,
@@ -107,6 +106,7 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Try a board, a model and neighbours that are not here: kvpsi's own law beside other ways to size a cache."""
+    from kvpsi.governor.options import adapt_settings, law_settings
     from kvpsi.sim.conversation import Talk
     from kvpsi.sim.llms import llm_named
     from kvpsi.sim.many import SAFE, controllers_in, figures, play_all, row

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from kvpsi import units
-from kvpsi.cli.settings import adapt_settings, law_settings
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings, LawSettings
+from kvpsi.governor.options import adapt_settings, law_settings
 from kvpsi.governor.shares import ShareSettings
 
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
