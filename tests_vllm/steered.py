@@ -76,7 +76,8 @@ class MortalWorker(ElasticWorker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """As the worker does."""
         super().initialize_from_config(kv_cache_config)
-        self.releases.layout = MortalLayout(self.releases.layout.n_blocks, self.releases.layout.planes)
+        server = self.release_server
+        server.layout = MortalLayout(server.layout.n_blocks, server.layout.planes)
 
 
 class MortalLayout(BlockLayout):

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from kvpsi.engines.vllm.balloon import Balloon, BalloonSettings, runs_of
-from kvpsi.engines.vllm.layout import Run
+from kvpsi.engines.vllm.balloon import Balloon, BalloonSettings
+from kvpsi.engines.vllm.layout import Run, runs_of
 from kvpsi.errors import EnvironmentProblem
 from support.pools import FakeBlock, FakePool
 
@@ -146,16 +146,13 @@ def test_no_memory_is_found_ahead_for_blocks_that_went(machine: Machine) -> None
     assert not machine.provided
 
 
-def test_a_worker_that_is_gone_when_memory_is_to_be_found(machine: Machine) -> None:
+def test_a_worker_that_is_gone_when_memory_is_to_be_found_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
+    machine.balloon.set_limit(5 * SIZE, None)
     machine.write(3)
     machine.fails = True
     machine.balloon.provide_fresh()
-    assert machine.balloon.failure is None, "blocks are written to all the same"
-    machine.now_s = 10
-    machine.fails = False
-    machine.write(1)
-    machine.balloon.provide_fresh()
-    assert len(machine.provided) == 1
+    assert machine.balloon.problem == "a worker is gone"
+    assert machine.pool.get_num_free_blocks() == 37
 
 
 def test_what_is_empty_leaves_the_pool_at_once(machine: Machine) -> None:
@@ -294,6 +291,43 @@ def test_a_worker_that_fails_leaves_all_blocks_to_the_engine(machine: Machine) -
     assert status.floor_bytes == status.capacity_bytes
 
 
+def test_the_most_is_kept_to_where_nothing_can_be_given_back_from_the_start() -> None:
+    machine = Machine(most_blocks=10)
+    machine.fails = True
+    machine.balloon.settle()
+    assert machine.balloon.failure and machine.pool.get_num_free_blocks() == 10
+    blocks = machine.pool.use(10)
+    assert not machine.balloon.beyond_limit
+    machine.balloon.shrink()
+    machine.pool.free_blocks(blocks)
+    assert machine.balloon.pool_blocks == 10
+
+
+def test_what_was_preempted_before_it_was_written_cannot_be_found_while_it_is_out(machine: Machine) -> None:
+    blocks = machine.pool.use(6)
+    for block in blocks:
+        block.block_hash = "a prefix that was not computed"
+    machine.pool.free_blocks(blocks)
+    machine.balloon.set_limit(5 * SIZE, None)
+    assert machine.pool.get_num_free_blocks() == 5
+    out = [block for block in machine.pool.blocks[1:] if block.ref_cnt]
+    assert len(out) == 35 and not any(block.block_hash for block in out)
+
+
+def test_one_request_has_its_blocks_beside_those_that_are_held(machine: Machine) -> None:
+    held = machine.write(4)
+    machine.balloon.keep(len(held))
+    machine.balloon.set_limit(0, None)
+    assert machine.pool.get_num_free_blocks() == 5 and not machine.balloon.beyond_limit
+    assert machine.balloon.status().floor_bytes == 9 * SIZE
+    machine.end(held)
+    machine.balloon.keep(0)
+    machine.balloon.set_limit(0, None)
+    assert machine.balloon.allowed_blocks == machine.pool.get_num_free_blocks() == 5
+    machine.balloon.keep(1000)
+    assert machine.pool.get_num_free_blocks() == machine.balloon.n_blocks
+
+
 def test_a_governor_that_is_silent_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
     assert not machine.balloon.is_heard
     machine.balloon.set_limit(5 * SIZE, None)
@@ -305,8 +339,10 @@ def test_a_governor_that_is_silent_leaves_all_blocks_to_the_engine(machine: Mach
     assert not machine.balloon.is_heard
     machine.balloon.lift_if_silent()
     assert machine.pool.get_num_free_blocks() == 40
+    assert machine.balloon.problem == "the governor is silent"
     machine.balloon.set_limit(5 * SIZE, None)
     assert machine.pool.get_num_free_blocks() == 5, "it is heard again"
+    assert machine.balloon.problem is None
 
 
 def test_the_whole_pool_is_there_for_a_reset(machine: Machine) -> None:
@@ -354,7 +390,7 @@ def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
         running: list[list[FakeBlock]] = []
         for _ in range(80):
             machine.now_s += chance.random()
-            action = chance.randrange(6)
+            action = chance.randrange(7)
             n_free = machine.pool.get_num_free_blocks()
             if action == 0 and n_free:
                 running.append(machine.write(chance.randint(1, n_free)))
@@ -366,6 +402,8 @@ def test_whatever_happens_no_block_is_lost_and_the_limit_is_kept() -> None:
                 machine.balloon.give_now()
             elif action == 5:
                 machine.balloon.shrink()
+            elif action == 6:
+                machine.balloon.keep(chance.choice([0, 0, 3]))
             else:
                 machine.balloon.settle()
             balloon = machine.balloon

@@ -190,6 +190,35 @@ def test_what_was_given_on_a_gpu_is_not_given_again_before_it_shows(caches: Cach
     governor.stop()
 
 
+def test_an_engine_that_starts_again_has_no_cache_for_a_moment(caches: Caches) -> None:
+    clock = ManualClock()
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
+    known = caches.file.read_text()
+    caches.file.write_text("{}")
+    clock.advance(2.0)
+    assert cache.status().used_bytes == 6 * GIB, "as of before"
+    for _ in range(3):
+        clock.advance(2.0)
+        cache.status()
+    clock.advance(2.0)
+    with pytest.raises(UsageError, match="has no cache"):
+        cache.status()
+    caches.file.write_text(known)
+    assert cache.status().used_bytes == 6 * GIB
+
+
+def test_a_limit_that_never_can_be_set_is_told_though_sizes_can_be_read(caches: Caches) -> None:
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB)
+    caches.script.write_text(
+        KVCTL.replace("elif rest[0] not in caches:", "elif True:\n    raise SystemExit(3)\nelif 0:")
+    )
+    cache.set_limit(4 * GIB, None)
+    for _ in range(3):
+        cache.give_now()
+    with pytest.raises(EnvironmentProblem, match="kvctl limit failed"):
+        cache.give_now()
+
+
 def test_calls_that_fail_are_ridden_out_and_the_limit_is_set_at_the_end(caches: Caches) -> None:
     clock = ManualClock()
     cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
@@ -201,7 +230,7 @@ def test_calls_that_fail_are_ridden_out_and_the_limit_is_set_at_the_end(caches: 
     cache.set_limit(3 * GIB, None)
     with pytest.raises(EnvironmentProblem, match="kvctl limit failed"):
         cache.close()
-    for _ in range(2):
+    for _ in range(3):
         cache.set_limit(3 * GIB, None)
     with pytest.raises(EnvironmentProblem, match="kvctl limit failed"):
         cache.set_limit(3 * GIB, None)

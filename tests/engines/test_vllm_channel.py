@@ -85,6 +85,47 @@ def test_a_worker_whose_thread_dies_is_gone() -> None:
     workers.close()
 
 
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> None:
+    workers = Workers([a_worker()])
+    channel._send(workers._lines[0], {"release": [[0, 8]], "number": 0})
+    assert workers.release([(0, 1)]) == 1
+    assert workers.resident_bytes() == 5
+    workers.close()
+
+
+def test_who_looks_does_not_wait_for_what_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_PATIENCE_S", 0.05)
+    workers = Workers([a_worker()])
+    with workers._lock:
+        assert workers.resident_bytes() is None
+    assert workers.resident_bytes() == 5
+    workers.close()
+
+
+def test_after_close_nobody_is_answered_and_the_address_is_free() -> None:
+    address, layout = f"\0kvpsi-test-{uuid.uuid4()}", Told(8, (Plane(0, 10, 10),))
+    server = ReleaseServer(address, layout)
+    server.start()
+    workers = Workers([address])
+    server.close()
+    server.close()
+    assert not server._thread.is_alive()
+    with pytest.raises(EnvironmentProblem, match="worker"):
+        workers.release([(0, 1)])
+    workers.close()
+    ReleaseServer(address, layout).close()
+
+
+def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_GREETING_S", 0.05)
+    address = f"\0kvpsi-test-{uuid.uuid4()}"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(address)
+        other.listen(1)
+        with pytest.raises(EnvironmentProblem, match="cannot be understood"):
+            Workers([address])
+
+
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "_CONNECT_S", 0.1)
     with pytest.raises(EnvironmentProblem, match="worker-cls"):

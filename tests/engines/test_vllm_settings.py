@@ -113,6 +113,19 @@ def test_vllms_own_port_is_refused() -> None:
             refuse_port(8000, arguments)
     refuse_port(0, [])
     refuse_port(8000, ["--port", "8001"])
+    with pytest.raises(UsageError, match="with 2 ports in a row"):
+        refuse_port(8000, ["--port", "8001"], n_engines=2)
+
+
+def test_variables_that_mean_nothing_here_are_told() -> None:
+    asked = {
+        "KVPSI_RESERVES": "64M",
+        "KVPSI_MEMORY": "4G",
+        "KVPSI_LOG": "/tmp/log",
+        "KVPSI_CACHE_DIR": "/tmp",
+        "HOME": "/",
+    }
+    assert settings_from(asked).unknown == ("KVPSI_MEMORY", "KVPSI_RESERVES")
 
 
 @pytest.mark.parametrize("version", ["", "0.31.2", "0.33.0", "1.0", "0.3.2"])

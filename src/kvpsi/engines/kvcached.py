@@ -119,7 +119,7 @@ class KvcachedCache:
         self._floor_bytes = floor_bytes
         self._wanted_bytes = self._sizes.limit_bytes
         self._set_bytes: int | None = self._wanted_bytes  # None: not known, as a call failed
-        self._failures = 0
+        self._failures = {"list": 0, "limit": 0}
         self._lock = threading.RLock()
         self._looked_s = clock()
         self.returned_bytes = 0
@@ -173,7 +173,7 @@ class KvcachedCache:
         wanted_bytes = self._wanted_bytes
         if wanted_bytes != self._set_bytes:
             self._set_bytes = None
-            with self._riding_out():
+            with self._riding_out("limit"):
                 self._control.set_limit(wanted_bytes)
                 self._set_bytes = wanted_bytes
 
@@ -181,18 +181,19 @@ class KvcachedCache:
         if not now and self._clock() - self._looked_s < _LOOK_S:
             return
         before = self._sizes
-        with self._riding_out():
+        with self._riding_out("list"):
             self._sizes = self._control.sizes()
         self._looked_s = self._clock()
         if self._set_bytes is not None and self._set_bytes < before.used_bytes:
             self.returned_bytes += max(0, before.used_bytes - self._sizes.used_bytes)
 
     @contextlib.contextmanager
-    def _riding_out(self) -> Iterator[None]:
+    def _riding_out(self, what: str) -> Iterator[None]:
+        """An engine that starts again has no cache for a moment."""
         try:
             yield
-            self._failures = 0
-        except EnvironmentProblem:
-            self._failures += 1
-            if self._failures >= _MOST_FAILURES:
+            self._failures[what] = 0
+        except (EnvironmentProblem, UsageError):
+            self._failures[what] += 1
+            if self._failures[what] >= _MOST_FAILURES:
                 raise

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvpsi.serving.status import MemoryStatus, Status, StatusSource
+from kvpsi.engines.metrics import memory_counters, memory_gauges
+from kvpsi.serving.status import Status, StatusSource
 
 _TIME_TO_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -73,29 +74,6 @@ class StatusCollector(Collector):
         yield rejected
         for name, text, value in (*_gauges(s), *memory_gauges(s)):
             yield self._labelled(GaugeMetricFamily(name, text), s, value)
-
-
-def memory_counters(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
-    """Name, description and value of what every engine counts."""
-    yield "kvpsi_releases", "How often cache memory went back to the system.", s.releases
-    yield "kvpsi_returned_bytes", "Memory that went back to the system.", s.returned_bytes
-    yield "kvpsi_memory_stall_seconds", "Time in which something waited for memory (PSI some).", s.stall_s
-
-
-def memory_gauges(s: MemoryStatus) -> Iterator[tuple[str, str, float]]:
-    """Name, description and value of what every engine has now."""
-    yield "kvpsi_kv_virtual_bytes", "The whole cache, as the stock engine would hold it.", s.capacity_bytes
-    yield "kvpsi_kv_committed_bytes", "Memory of what is in use of it.", s.committed_bytes
-    yield "kvpsi_kv_resident_bytes", "Memory of the cache as the kernel counts it.", s.resident_bytes
-    yield "kvpsi_kv_limit_bytes", "What of the cache may hold memory now.", s.limit_bytes
-    yield "kvpsi_may_hold_bytes", "What this model may hold beside others; 0: it is alone.", s.may_hold_bytes
-    yield "kvpsi_all_may_hold_bytes", "What all of these may hold together.", s.all_may_hold_bytes
-    yield "kvpsi_headroom_bytes", "Memory that others could take.", s.headroom_bytes
-    yield "kvpsi_memory_pressure", "Share of the last tick in which something waited for memory.", s.memory_pressure
-    yield "kvpsi_concurrency_limit", "Answers that may be begun at once.", s.concurrency_limit
-    yield "kvpsi_governed", "Whether memory is given back when others need it.", float(s.governed)
-    yield "kvpsi_reserve_bytes", "Headroom that is kept free for others.", s.reserve_bytes
-    yield "kvpsi_regrow_above_bytes", "Headroom from which on the cache may grow back.", s.regrow_bytes
 
 
 def _counters(s: Status) -> Iterator[tuple[str, str, float]]:

@@ -83,14 +83,17 @@ class Server:
 
     def rss_bytes(self) -> int:
         """Resident set of the processes that hold the KV tensors."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return sum(int(each.memory_info().rss) for each in family if "Worker" in each.name())
+        return sum(int(size.rss) for name, size in self._sizes() if "Worker" in name)
 
     def anonymous_bytes(self) -> int:
         """Memory of all its processes that is not a file's."""
+        return sum(int(size.rss - size.shared) for _, size in self._sizes())
+
+    def _sizes(self) -> Iterator[tuple[str, Any]]:
         whole = psutil.Process(self.process.pid)
-        sizes = [each.memory_info() for each in (whole, *whole.children(recursive=True))]
-        return sum(int(size.rss - size.shared) for size in sizes)
+        for each in (whole, *whole.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                yield each.name(), each.memory_info()
 
 
 class Starts(Protocol):

@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from kvpsi.engines.vllm.layout import Run
+from kvpsi.engines.vllm.layout import Run, runs_of
+from kvpsi.engines.vllm.pool import Block, FreeQueue, Pool
 from kvpsi.errors import EnvironmentProblem
 from kvpsi.instrument import Instrument, guarded
 from kvpsi.status import CacheStatus
@@ -35,44 +35,6 @@ _LOOK_S = 1.0
 _STOP_S = 5.0
 _BATCH_BYTES = 1 << 30
 _PIECE_BYTES = 32 << 20  # to find memory for it takes less than a tenth of a second
-
-
-class Block(Protocol):
-    """vLLM's ``KVCacheBlock``."""
-
-    @property
-    def block_id(self) -> int: ...
-    @property
-    def block_hash(self) -> Any: ...
-
-
-class FreeQueue(Protocol):
-    """vLLM's ``FreeKVCacheBlockQueue``."""
-
-    def get_all_free_blocks(self) -> Sequence[Any]:
-        """What will be used or evicted first comes first."""
-        ...
-
-
-class Pool(Protocol):
-    """What is asked of vLLM's ``BlockPool``; block 0 is never used."""
-
-    num_gpu_blocks: int
-
-    @property
-    def free_block_queue(self) -> Any: ...
-    def get_num_free_blocks(self) -> int: ...
-    def touch(self, blocks: Sequence[Any]) -> None:
-        """Count one more user for each block; one that was free is not any more."""
-        ...
-
-    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None:
-        """Count one user less."""
-        ...
-
-    def evict_blocks(self, block_ids: set[int]) -> None:
-        """Forget what is cached in them."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +77,8 @@ class Balloon:
         settings: sizes and times.
         release: gives back the memory of runs of blocks and returns when it is done; EnvironmentProblem if it is not,
             and nothing is being done about it any more.
-        provide: finds memory for runs of blocks that are about to be written to, and returns when it is done;
-            EnvironmentProblem if it does not, and then each page comes when it is written to.
+        provide: finds memory for runs of blocks that are about to be written to, if there is some, and returns when it
+            is done; EnvironmentProblem as for ``release``.
         instrument: sees what was given, as ``release``.
         clock: seconds.
     """
@@ -139,7 +101,7 @@ class Balloon:
         self.returned_bytes = 0
         self.releases = 0
         self._pool, self._release, self._provide, self._clock = pool, release, provide, clock
-        self._floor = min(settings.floor_blocks, self.n_blocks)
+        self._floor = self._least = min(settings.floor_blocks, self.n_blocks)
         most = self.n_blocks if settings.most_blocks is None else min(settings.most_blocks, self.n_blocks)
         self._most = max(most, self._floor)
         self._allowed = self._most
@@ -152,6 +114,7 @@ class Balloon:
         self._releasing: dict[int, Block] = {}
         self._settling = threading.Lock()
         self._heard_s: float | None = None
+        self._is_lifted = False
         self._wake, self._ended = threading.Event(), threading.Event()
         self._has_to_settle = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvpsi-balloon", daemon=True)
@@ -176,7 +139,7 @@ class Balloon:
         Prompts are read in pieces of vLLM's own size, so ``chunk_tokens`` says only that memory is short.
         """
         with self.lock:
-            self._heard_s = self._clock()
+            self._heard_s, self._is_lifted = self._clock(), False
             self._is_short = chunk_tokens is not None
             if self.failure is None:
                 self._allow(limit_bytes // self.settings.block_bytes)
@@ -224,7 +187,22 @@ class Balloon:
     @property
     def is_heard(self) -> bool:
         """Whether the governor is alive: what it sensed last counts."""
-        return self._heard_s is not None and self._clock() - self._heard_s < self.settings.silence_s
+        heard_s = self._heard_s
+        return heard_s is not None and self._clock() - heard_s < self.settings.silence_s
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is given back any more; None: it is, when it has to be."""
+        return self.failure or ("the governor is silent" if self._is_lifted else None)
+
+    def keep(self, n_blocks: int) -> None:
+        """Never let the limit fall below so many blocks and one request besides: they are held by those who neither
+        run nor can be preempted."""
+        with self.lock:
+            floor = min(self._least + n_blocks, self.n_blocks)
+            if floor != self._floor:
+                self._floor = floor
+                self._allow(self._allowed)
 
     def written(self, block_ids: Iterable[int]) -> None:
         """These are about to be written to; call it with the lock held."""
@@ -242,13 +220,15 @@ class Balloon:
         if self.failure is None:
             self._take()
             self._settle_soon()
+        else:
+            self._allow(self._allowed)
 
     def lift_if_silent(self) -> None:
         """Put the blocks back if the governor has died; call it now and then."""
         if self._heard_s is None or self.is_heard:
             return
         with self.lock:
-            self._heard_s, self._is_short = None, False
+            self._heard_s, self._is_short, self._is_lifted = None, False, True
             if self._allowed < self._most:
                 log.warning("kvpsi: the governor is silent, so vLLM has its blocks again")
             self._allow(self._most)
@@ -318,9 +298,12 @@ class Balloon:
         self._allowed = min(self._most, max(self._floor, n_blocks))
         surplus = self.pool_blocks - self._allowed
         if surplus > 0:
-            empty = [block for block in self._free() if block.block_id not in self._resident][:surplus]
-            self._pool.touch(empty)
-            self._out.update((block.block_id, block) for block in empty)
+            # once nothing is given back any more, those that hold memory keep it
+            out = [block for block in self._free() if self.failure or block.block_id not in self._resident][:surplus]
+            self._pool.touch(out)
+            # a request that was preempted before it wrote to its blocks leaves them empty, and cached all the same
+            self._pool.evict_blocks({block.block_id for block in out})
+            self._out.update((block.block_id, block) for block in out)
         else:
             self._put_back(min(-surplus, len(self._out)))
 
@@ -381,8 +364,11 @@ class Balloon:
                     ids = self._next_fresh()
                 if not ids:
                     return
-                with contextlib.suppress(EnvironmentProblem):  # if a worker is gone, that shows when blocks are to go
+                try:
                     self._provide(runs_of(ids))
+                except EnvironmentProblem as problem:
+                    self._give_up(str(problem))
+                    return
 
     def _next_fresh(self) -> list[int]:
         """A few of them, so that nothing waits long that has to go meanwhile."""
@@ -416,14 +402,3 @@ class Balloon:
                     self._settle_all()
             except Exception:
                 log.exception("kvpsi: idle blocks could not be given back")
-
-
-def runs_of(block_ids: Sequence[int]) -> list[Run]:
-    """Ascending ids as runs."""
-    runs: list[Run] = []
-    for block_id in block_ids:
-        if runs and runs[-1][1] == block_id:
-            runs[-1] = (runs[-1][0], block_id + 1)
-        else:
-            runs.append((block_id, block_id + 1))
-    return runs

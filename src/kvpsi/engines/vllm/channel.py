@@ -2,8 +2,9 @@
 
 The scheduler asks, a worker answers: ``{"release": [[first, end], ...]}`` gives back runs of blocks and tells how many
 bytes, ``{"provide": [[first, end], ...]}`` has memory ready for some that are about to be written to, and
-``{"resident": true}`` tells the memory of all blocks. A worker answers when it has done what it was asked, and closes
-the connection only when it does nothing any more: whatever comes, the blocks are the scheduler's again.
+``{"resident": true}`` tells the memory of all blocks. Each has a ``number``, which the answer repeats. A worker answers
+when it has done what it was asked, and closes the connection only when it does nothing any more: whatever comes, the
+blocks are the scheduler's again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from kvpsi.engines.vllm.layout import BlockLayout, Run
@@ -24,6 +25,8 @@ from kvpsi.errors import EnvironmentProblem
 
 log = logging.getLogger("vllm.kvpsi")
 _CONNECT_S = 5.0
+_GREETING_S = 30.0
+_PATIENCE_S = 1.0
 
 
 def address_of(config: Any, rank: int) -> str:
@@ -48,6 +51,8 @@ class ReleaseServer:
 
     def __init__(self, address: str, layout: BlockLayout) -> None:
         self.layout = layout
+        self._connection: socket.socket | None = None
+        self._has_ended = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.bind(address)
@@ -63,19 +68,38 @@ class ReleaseServer:
         """Wait for the scheduler in the thread."""
         self._thread.start()
 
+    def close(self) -> None:
+        """Listen to nobody any more; returns when nothing is being given back. Call it before the memory of the blocks
+        becomes somebody else's."""
+        self._has_ended = True
+        for each in (self._listener, self._connection):
+            if each is not None:
+                with contextlib.suppress(OSError):  # it ended by itself
+                    each.shutdown(socket.SHUT_RDWR)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._listener.close()
+
     def _run(self) -> None:
         with self._listener:
-            while True:
-                connection, _ = self._listener.accept()
+            while not self._has_ended:
+                try:
+                    connection, _ = self._listener.accept()
+                except OSError:
+                    if self._has_ended:
+                        return
+                    raise
                 with connection, contextlib.suppress(OSError, ValueError):  # it is gone, or nobody to talk to
-                    if _is_own(connection):
+                    self._connection = connection
+                    if _is_own(connection) and not self._has_ended:
                         self._serve(connection)
 
     def _serve(self, connection: socket.socket) -> None:
         with connection.makefile("rw", encoding="utf-8") as lines:
             _send(lines, {"n_blocks": self.layout.n_blocks, "block_bytes": self.layout.block_bytes})
             for line in lines:
-                _send(lines, self._answer(json.loads(line)))
+                asked = json.loads(line)
+                _send(lines, {**self._answer(asked), "number": asked.get("number")})
 
     def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -98,13 +122,12 @@ class Workers:
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._lock = threading.Lock()
-        self._stack = contextlib.ExitStack()
-        try:
-            self._lines = [self._stack.enter_context(_connected(address)) for address in addresses]
-            told = [_receive(lines) for lines in self._lines]
-        except BaseException:
-            self._stack.close()
-            raise
+        self._number = 0
+        with contextlib.ExitStack() as stack:
+            connected = [stack.enter_context(_connected(address)) for address in addresses]
+            self._stack = stack.pop_all()
+        self._lines = [lines for lines, _ in connected]
+        told = [greeting for _, greeting in connected]
         self.n_blocks = min(int(each["n_blocks"]) for each in told)
         self.block_bytes = sum(int(each["block_bytes"]) for each in told)
 
@@ -124,33 +147,51 @@ class Workers:
         """
         self._ask({"provide": list(runs)})
 
-    def resident_bytes(self) -> int:
-        """Memory of all blocks as the kernel counts it.
+    def resident_bytes(self) -> int | None:
+        """Memory of all blocks as the kernel counts it; None while the workers are busy with something else.
 
         Raises:
             EnvironmentProblem: a worker is gone.
         """
-        return self._ask({"resident": True})
+        if not self._lock.acquire(timeout=_PATIENCE_S):
+            return None
+        try:
+            return self._ask_all({"resident": True})
+        finally:
+            self._lock.release()
 
     def _ask(self, what: dict[str, Any]) -> int:
         with self._lock:
-            asked, problems, total_bytes = [], [], 0
-            for lines in self._lines:
-                try:
-                    _send(lines, what)
-                    asked.append(lines)
-                except (OSError, ValueError) as error:
-                    problems.append(f"a worker does not listen any more ({error})")
-            for lines in asked:  # all of them, so that none still works on it
-                try:
-                    total_bytes += int(_receive(lines)["bytes"])
-                except EnvironmentProblem as problem:
-                    problems.append(str(problem))
-                except (KeyError, TypeError, ValueError) as error:
-                    problems.append(f"a worker cannot be understood ({error!r})")
+            return self._ask_all(what)
+
+    def _ask_all(self, what: dict[str, Any]) -> int:
+        self._number += 1
+        asked, problems, total_bytes = [], [], 0
+        for lines in self._lines:
+            try:
+                _send(lines, {**what, "number": self._number})
+                asked.append(lines)
+            except (OSError, ValueError) as error:
+                problems.append(f"a worker does not listen any more ({error})")
+        for lines in asked:  # all of them, so that none still works on it
+            try:
+                total_bytes += int(self._answer_of(lines)["bytes"])
+            except EnvironmentProblem as problem:
+                problems.append(str(problem))
+            except (KeyError, TypeError, ValueError) as error:
+                problems.append(f"a worker cannot be understood ({error!r})")
         if problems:
             raise EnvironmentProblem(problems[0])
         return total_bytes
+
+    def _answer_of(self, lines: TextIO) -> dict[str, Any]:
+        """What was asked last; an earlier answer that nobody waited for is passed over."""
+        while True:
+            told = _receive(lines)
+            if told.get("number") == self._number:
+                if "error" in told:
+                    raise EnvironmentProblem(told["error"])
+                return told
 
     def close(self) -> None:
         """End the connections."""
@@ -159,7 +200,8 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Any:
+def _connected(address: str) -> Iterator[tuple[TextIO, dict[str, Any]]]:
+    """A connection, and what the worker says first."""
     deadline_s = time.monotonic() + _CONNECT_S
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         while True:
@@ -175,8 +217,11 @@ def _connected(address: str) -> Any:
                 time.sleep(0.1)
         if not _is_own(connection):
             raise EnvironmentProblem("Another user listens in the place of a worker; start vLLM again.")
+        connection.settimeout(_GREETING_S)  # somebody else may be there first
         with connection.makefile("rw", encoding="utf-8") as lines:
-            yield lines
+            greeting = _receive(lines)
+            connection.settimeout(None)
+            yield lines, greeting
 
 
 def _send(lines: TextIO, what: dict[str, Any]) -> None:
@@ -187,9 +232,9 @@ def _send(lines: TextIO, what: dict[str, Any]) -> None:
 def _receive(lines: TextIO) -> dict[str, Any]:
     try:
         line = lines.readline()
-        told: dict[str, Any] = json.loads(line) if line else {"error": "a worker is gone"}
+        told: dict[str, Any] = json.loads(line) if line else {}
     except (OSError, ValueError) as error:
-        told = {"error": f"a worker cannot be understood ({error})"}
-    if "error" in told:
-        raise EnvironmentProblem(told["error"])
+        raise EnvironmentProblem(f"a worker cannot be understood ({error})") from error
+    if not line:
+        raise EnvironmentProblem("a worker is gone")
     return told

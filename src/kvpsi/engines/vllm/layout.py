@@ -17,6 +17,17 @@ Run = tuple[int, int]
 """Blocks side by side: the first one, and the one after the last."""
 
 
+def runs_of(block_ids: Sequence[int]) -> list[Run]:
+    """Ascending ids as runs."""
+    runs: list[Run] = []
+    for block_id in block_ids:
+        if runs and runs[-1][1] == block_id:
+            runs[-1] = (runs[-1][0], block_id + 1)
+        else:
+            runs.append((block_id, block_id + 1))
+    return runs
+
+
 class Tensor(Protocol):
     """What is asked of a ``torch.Tensor``, here of shape [blocks, ...]."""
 

@@ -28,8 +28,8 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
         is_asked_for()
         super().check_and_update_config(vllm_config)
         refuse_unsupported(vllm_config)
-        refuse_port(settings_from().status_port, sys.argv)  # before minutes of loading
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+        refuse_port(settings_from().status_port, sys.argv, parallel.data_parallel_size)  # before minutes of loading
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = _SCHEDULER
         if parallel.worker_cls == _STOCK_WORKER:

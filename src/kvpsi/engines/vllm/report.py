@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from kvpsi.engines.metrics import memory_counters, memory_gauges
 from kvpsi.errors import EnvironmentProblem
 
 STATUS_PATH = "/v1/kvpsi/status"
@@ -60,8 +61,6 @@ def metrics_text(status: VllmStatus) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
-
-    from kvpsi.serving.metrics import memory_counters, memory_gauges
 
     class Collected(Collector):
         def collect(self) -> Iterator[Metric]:

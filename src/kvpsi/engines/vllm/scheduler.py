@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -16,17 +14,16 @@ from kvpsi.admission.policies.adaptive import AdaptiveSettings
 from kvpsi.engines.sensing import best_sensing
 from kvpsi.engines.vllm.balloon import Balloon, BalloonSettings
 from kvpsi.engines.vllm.channel import Workers, address_of
+from kvpsi.engines.vllm.log import instrument_of, log
 from kvpsi.engines.vllm.report import StatusServer, VllmStatus
 from kvpsi.engines.vllm.settings import VllmSettings, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported
-from kvpsi.errors import EnvironmentProblem, LayoutError, UsageError
+from kvpsi.errors import EnvironmentProblem, LayoutError
 from kvpsi.governor import Governor
 from kvpsi.governor.sharing import open_sharing
 from kvpsi.governor.status import status_of
-from kvpsi.instrument import Instrument, Instruments, JsonLines
+from kvpsi.instrument import Instrument
 from kvpsi.units import format_bytes
-
-log = logging.getLogger("vllm.kvpsi")
 
 
 class ElasticScheduler(Scheduler):  # type: ignore[misc]
@@ -53,12 +50,10 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         parallel = self.vllm_config.parallel_config
         self.workers = Workers([address_of(self.vllm_config, rank) for rank in range(parallel.world_size)])
         stack.callback(self.workers.close)
-        instrument = Instruments([_Told()])
-        if settings.log is not None:
-            log_file = settings.log
-            if parallel.data_parallel_size > 1:  # each engine has a scheduler of its own
-                log_file = log_file.with_name(f"{log_file.stem}-{parallel.data_parallel_rank}{log_file.suffix}")
-            instrument.members.append(JsonLines(stack.enter_context(_opened(log_file))))
+        engine = parallel.data_parallel_rank if parallel.data_parallel_size > 1 else None
+        instrument = instrument_of(settings, engine, stack)
+        if settings.unknown:
+            log.warning("kvpsi does not know %s here; docs/vllm.md has the names", ", ".join(settings.unknown))
         self.balloon = self._make_balloon(settings, instrument)
         stack.callback(self.balloon.stop)
         self.balloon.start()
@@ -111,10 +106,9 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
     def status(self) -> VllmStatus:
         """What it is doing; from any thread."""
         sizes, decision = self.balloon.status(), self.governor.decision
-        try:
+        resident_bytes = None
+        with contextlib.suppress(EnvironmentProblem):
             resident_bytes = self.workers.resident_bytes()
-        except EnvironmentProblem:
-            resident_bytes = sizes.used_bytes
         block_bytes = self.balloon.settings.block_bytes
         running, waiting = self.get_request_counts()
         names = self.vllm_config.model_config.served_model_name
@@ -126,14 +120,14 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             capacity_bytes=sizes.capacity_bytes,
             used_bytes=self.balloon.in_use_blocks * block_bytes,
             committed_bytes=sizes.used_bytes,
-            resident_bytes=resident_bytes,
+            resident_bytes=sizes.used_bytes if resident_bytes is None else resident_bytes,
             limit_bytes=self.balloon.allowed_blocks * block_bytes,
             concurrency_limit=self.concurrency_limit,
             releases=self.balloon.releases,
             returned_bytes=sizes.returned_bytes,
             pauses=self.pauses,
-            governed=self.balloon.failure is None,
-            reason=self.balloon.failure or (decision.reason if decision else ""),
+            governed=self.balloon.problem is None,
+            reason=self.balloon.problem or (decision.reason if decision else ""),
             blocks=self.balloon.n_blocks,
             pool_blocks=self.balloon.pool_blocks,
             **dataclasses.asdict(status_of(self.governor, sizes.capacity_bytes)),
@@ -143,16 +137,28 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         """A step: preempt what is beyond the limit first, and note the blocks that will be written to."""
         self.balloon.lift_if_silent()
         with self.balloon.lock:
+            self.balloon.keep(sum(len(self._blocks_of(request)) for request in self.kv_holding_waiting))
             self._preempt_beyond_limit()
             self.max_num_active_reqs = self.concurrency_limit
             output = super().schedule(*args, **options)
             self.balloon.written(_written_by(output))
         return output
 
-    def _preempt_request(self, *args: Any, **options: Any) -> Any:
-        """As vLLM does, and count it."""
+    def _preempt_request(self, request: Any, *args: Any, **options: Any) -> Any:
+        """As vLLM does, and count it.
+
+        vLLM enters blocks into its cache of prefixes before they are computed. By priority, a request can be preempted
+        in the step that it was scheduled in: what was not computed must not be found there.
+        """
         self.pauses += 1
-        return super()._preempt_request(*args, **options)
+        not_computed = self._blocks_of(request)[request.num_computed_tokens // self.block_size :]
+        self.kv_cache_manager.block_pool.evict_blocks(set(not_computed))
+        return super()._preempt_request(request, *args, **options)
+
+    def _blocks_of(self, request: Any) -> list[int]:
+        """Ids of the blocks that it holds; 0 in the place of one that it needs no more."""
+        (block_ids,) = self.kv_cache_manager.get_block_ids(request.request_id)
+        return list(block_ids)
 
     def _preempt_beyond_limit(self) -> None:
         """As vLLM does where blocks are missing. Nothing runs between two steps, so nothing is in flight.
@@ -208,34 +214,6 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
             super().shutdown()
 
 
-class _Told(Instrument):
-    """Writes into vLLM's log what is given for others, and why."""
-
-    def __init__(self) -> None:
-        self._reason: str | None = "nobody uses it yet"
-
-    def event(self, name: str, value: Any) -> None:
-        if name == "decision" and value.give_bytes:
-            self._reason = value.reason
-        elif name == "release":
-            log.log(
-                logging.INFO if self._reason else logging.DEBUG,
-                "kvpsi gave back %s of %d KV blocks in %.0f ms: %s",
-                format_bytes(value.returned_bytes),
-                value.blocks,
-                1e3 * value.seconds,
-                self._reason or "nobody uses it any more",
-            )
-            self._reason = None
-
-
-def _opened(log_file: Path) -> TextIO:
-    try:
-        return log_file.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"KVPSI_LOG {log_file} cannot be written ({error.strerror}); name another file.") from error
-
-
 def _written_by(output: Any) -> Iterator[int]:
     """Blocks of a ``SchedulerOutput`` that the model runner may write to from now on."""
     groups: list[Iterable[int]] = []
@@ -245,5 +223,6 @@ def _written_by(output: Any) -> Iterator[int]:
         groups.extend(new_block_ids or ())
     for group in groups:
         yield from group
+    yield from output.new_block_ids_to_zero or ()
     for copy in output.kv_cache_block_copies or ():
         yield copy.dst_block_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +15,10 @@ from kvpsi.governor import AdaptSettings, LawSettings
 from kvpsi.governor.options import adapt_settings, law_settings
 from kvpsi.governor.shares import ShareSettings
 
+_KNOWN = re.compile(
+    "KVPSI_(VLLM|RESERVE|REGROW_ABOVE|LAW|ADAPT|SHARE_(WEIGHT|PRIORITY|DIR)|CACHE_LIMIT|LOG|STATUS_PORT"
+    "|CACHE_DIR|DEBUG|(REQUIRE|TEST)_.*)"  # other parts of kvpsi, and its tests
+)
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
 
 
@@ -29,6 +34,7 @@ class VllmSettings:
         cache_limit: most of the cache to use, a share (``KVPSI_CACHE_LIMIT``).
         log: where decisions are written as JSON lines (``KVPSI_LOG``).
         status_port: where status and metrics can be read on this machine (``KVPSI_STATUS_PORT``); 0: nowhere.
+        unknown: variables that look like kvpsi's and mean nothing here.
     """
 
     law: LawSettings = field(default_factory=LawSettings)
@@ -37,6 +43,7 @@ class VllmSettings:
     cache_limit: float = 1.0
     log: Path | None = None
     status_port: int = 0
+    unknown: tuple[str, ...] = ()
 
 
 def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
@@ -60,15 +67,21 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
         cache_limit=_share(environ.get("KVPSI_CACHE_LIMIT", "100%")),
         log=_log(environ.get("KVPSI_LOG")),
         status_port=_port(environ.get("KVPSI_STATUS_PORT", "0")),
+        unknown=tuple(sorted(name for name in environ if name.startswith("KVPSI_") and not _KNOWN.fullmatch(name))),
     )
 
 
-def refuse_port(status_port: int, arguments: Sequence[str]) -> None:
-    """Raise UsageError if vLLM's own port on its command line is the same: both would take it, and vLLM not answer."""
+def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) -> None:
+    """Raise UsageError if vLLM's own port on its command line is that of an engine's status: both would take it, and
+    vLLM not answer."""
     named = [after for option, after in pairwise(arguments) if option == "--port"]
     named += [option.partition("=")[2] for option in arguments if option.startswith("--port=")]
-    if status_port and str(status_port) == (named[-1] if named else "8000"):
-        raise UsageError(f"KVPSI_STATUS_PORT is {status_port}, which is vLLM's own port; give another one.")
+    own = named[-1] if named else "8000"
+    if status_port and own in map(str, range(status_port, status_port + n_engines)):
+        raise UsageError(
+            f"KVPSI_STATUS_PORT is {status_port}, and vLLM's own port is {own}; give another one"
+            + (f", with {n_engines} ports in a row for so many engines." if n_engines > 1 else ".")
+        )
 
 
 def is_asked_for(environ: Mapping[str, str] = os.environ) -> bool:

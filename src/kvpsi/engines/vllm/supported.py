@@ -59,7 +59,11 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def refuse_cache(kv_cache_config: Any) -> None:
-    """Raise UsageError for a ``KVCacheConfig`` whose blocks are not all alike."""
+    """Raise UsageError for a ``KVCacheConfig`` whose blocks are not all alike.
+
+    With several kinds vLLM also copies a block that it has freed already, later in the same step; that must not have
+    been given back meanwhile.
+    """
     n_groups = len(kv_cache_config.kv_cache_groups)
     if n_groups != 1:
         raise UsageError(

@@ -25,6 +25,7 @@ class ElasticWorker(CPUWorker):  # type: ignore[misc]
                 "Without kvpsi's scheduler nothing would be governed: start vLLM with --scheduler-cls "
                 "kvpsi.engines.vllm.scheduler.ElasticScheduler as well, or with KVPSI_VLLM=1."
             )
+        self.release_server: ReleaseServer | None = None
         super().__init__(vllm_config, *args, **options)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -38,5 +39,11 @@ class ElasticWorker(CPUWorker):  # type: ignore[misc]
         refuse_cache(kv_cache_config)
         layout = layout_of(self.model_runner.kv_caches, kv_cache_config.num_blocks)
         layout.set_apart()
-        self.releases = ReleaseServer(address_of(self.vllm_config, self.rank), layout)
-        self.releases.start()
+        self.release_server = ReleaseServer(address_of(self.vllm_config, self.rank), layout)
+        self.release_server.start()
+
+    def shutdown(self) -> None:
+        """Give nothing back any more, as the KV tensors end here; they may be in the process of vLLM's user."""
+        if self.release_server is not None:
+            self.release_server.close()
+        super().shutdown()
