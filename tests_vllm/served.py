@@ -59,9 +59,9 @@ class Served(Server):
         with urllib.request.urlopen(request, timeout=60) as response:
             assert response.status == 200
 
-    def answer(self, prompt: str, n_tokens: int) -> str:
-        """The likeliest text, always so many tokens."""
-        with self._asked(prompt, n_tokens, stream=False) as response:
+    def answer(self, prompt: str, n_tokens: int, **more: int) -> str:
+        """The likeliest text, always so many tokens; ``more`` goes into the request."""
+        with self._asked(prompt, n_tokens, stream=False, **more) as response:
             said = json.loads(response.read())
         assert said["usage"]["completion_tokens"] == n_tokens, said
         return str(said["choices"][0]["text"])
@@ -72,11 +72,11 @@ class Served(Server):
             for _ in range(2 * after_tokens):  # an empty line follows each
                 response.readline()
 
-    def _asked(self, prompt: str, n_tokens: int, *, stream: bool) -> Any:
+    def _asked(self, prompt: str, n_tokens: int, *, stream: bool, **more: int) -> Any:
         body = {"model": "default", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             f"{self.url}/completions",
-            json.dumps({**body, "stream": stream}).encode(),
+            json.dumps({**body, **more, "stream": stream}).encode(),
             {"Content-Type": "application/json"},
         )
         return urllib.request.urlopen(request, timeout=300)

@@ -85,9 +85,10 @@ def test_a_worker_whose_thread_dies_is_gone() -> None:
     workers.close()
 
 
+@pytest.mark.timeout(60)
 def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> None:
     workers = Workers([a_worker()])
-    channel._send(workers._lines[0], {"release": [[0, 8]], "number": 0})
+    workers._lines[0].send({"release": [[0, 8]], "number": 0})
     assert workers.release([(0, 1)]) == 1
     assert workers.resident_bytes() == 5
     workers.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +114,11 @@ def test_vllms_own_port_is_refused() -> None:
             refuse_port(8000, arguments)
     refuse_port(0, [])
     refuse_port(8000, ["--port", "8001"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"KVPSI_STATUS_PORT: port {taken} is taken"):
+            refuse_port(taken, [])
+    refuse_port(taken, [])
     with pytest.raises(UsageError, match="with 2 ports in a row"):
         refuse_port(8000, ["--port", "8001"], n_engines=2)
 

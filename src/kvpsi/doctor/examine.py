@@ -19,8 +19,7 @@ def examine(root: Path = Path("/")) -> list[Finding]:
         memory.huge_pages(root),
         memory.locking(),
         *cpu.processors(root),
-        runtime.llama_cpp(),
-        *runtime.vllm(),
+        *runtime.engines(),
         runtime.model_cache(),
         runtime.default_model(),
     ]

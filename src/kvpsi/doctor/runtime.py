@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from kvpsi.doctor.finding import Finding
@@ -19,6 +20,14 @@ from kvpsi.units import format_bytes
 TESTED_FROM, TESTED_BELOW = (0, 3, 36), (0, 3, 37)
 _REQUIREMENT = "llama-cpp-python>=0.3.36,<0.3.37"
 _IMPORT_LIMIT_S = 60.0
+
+
+def engines() -> list[Finding]:
+    """llama.cpp, and vLLM where it is installed; with a vLLM that can be governed llama.cpp may be missing."""
+    llama, others = llama_cpp(), vllm()
+    if llama.status == "fail" and any(other.status == "ok" for other in others):
+        llama = replace(llama, status="warn")
+    return [llama, *others]
 
 
 def llama_cpp(timeout_s: float = _IMPORT_LIMIT_S) -> Finding:

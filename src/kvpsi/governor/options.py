@@ -43,7 +43,8 @@ def _constants(law: str) -> dict[str, Any]:
             found[name.strip()] = known[name.strip()](number)
         except (KeyError, ValueError) as error:
             raise UsageError(
-                f"--law {each} is none of {', '.join(known)} with a number; give it as grow_share=0.1."
+                f"--law {each} is none of {', '.join(known)} with a number; give it as grow_share=0.1, and "
+                "commas between several."
             ) from error
     return found
 

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from kvpsi.engines.vllm.layout import BlockLayout, Run
 from kvpsi.errors import EnvironmentProblem
@@ -39,6 +39,36 @@ def _is_own(connection: socket.socket) -> bool:
     size = struct.calcsize("3i")
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(uid == os.getuid())
+
+
+class _Lines:
+    """One end of a connection: a JSON object a line, each way."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = connection.makefile("r", encoding="utf-8")  # not for writing as well: that drops what was read
+
+    def send(self, what: dict[str, Any]) -> None:
+        """OSError if nobody is there."""
+        self._connection.sendall(f"{json.dumps(what)}\n".encode())
+
+    def close(self) -> None:
+        """Read nothing any more; the connection ends only after this."""
+        self._reader.close()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(json.loads, self._reader)
+
+    def receive(self) -> dict[str, Any]:
+        """The next one; EnvironmentProblem if there is none, or it is not known."""
+        try:
+            line = self._reader.readline()
+            told: dict[str, Any] = json.loads(line) if line else {}
+        except (OSError, ValueError) as error:
+            raise EnvironmentProblem(f"a worker cannot be understood ({error})") from error
+        if not line:
+            raise EnvironmentProblem("a worker is gone")
+        return told
 
 
 class ReleaseServer:
@@ -95,11 +125,10 @@ class ReleaseServer:
                         self._serve(connection)
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection.makefile("rw", encoding="utf-8") as lines:
-            _send(lines, {"n_blocks": self.layout.n_blocks, "block_bytes": self.layout.block_bytes})
-            for line in lines:
-                asked = json.loads(line)
-                _send(lines, {**self._answer(asked), "number": asked.get("number")})
+        with contextlib.closing(_Lines(connection)) as lines:
+            lines.send({"n_blocks": self.layout.n_blocks, "block_bytes": self.layout.block_bytes})
+            for asked in lines:
+                lines.send({**self._answer(asked), "number": asked.get("number")})
 
     def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -169,7 +198,7 @@ class Workers:
         asked, problems, total_bytes = [], [], 0
         for lines in self._lines:
             try:
-                _send(lines, {**what, "number": self._number})
+                lines.send({**what, "number": self._number})
                 asked.append(lines)
             except (OSError, ValueError) as error:
                 problems.append(f"a worker does not listen any more ({error})")
@@ -184,10 +213,10 @@ class Workers:
             raise EnvironmentProblem(problems[0])
         return total_bytes
 
-    def _answer_of(self, lines: TextIO) -> dict[str, Any]:
+    def _answer_of(self, lines: _Lines) -> dict[str, Any]:
         """What was asked last; an earlier answer that nobody waited for is passed over."""
         while True:
-            told = _receive(lines)
+            told = lines.receive()
             if told.get("number") == self._number:
                 if "error" in told:
                     raise EnvironmentProblem(told["error"])
@@ -200,7 +229,7 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[tuple[TextIO, dict[str, Any]]]:
+def _connected(address: str) -> Iterator[tuple[_Lines, dict[str, Any]]]:
     """A connection, and what the worker says first."""
     deadline_s = time.monotonic() + _CONNECT_S
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -211,30 +240,14 @@ def _connected(address: str) -> Iterator[tuple[TextIO, dict[str, Any]]]:
             except OSError as error:
                 if time.monotonic() > deadline_s:
                     raise EnvironmentProblem(
-                        f"A worker does not listen ({error.strerror}): start vLLM with --worker-cls "
-                        "kvpsi.engines.vllm.worker.ElasticWorker, or with KVPSI_VLLM=1."
+                        "kvpsi's worker is missing: start vLLM with --worker-cls "
+                        f"kvpsi.engines.vllm.worker.ElasticWorker, or with KVPSI_VLLM=1 ({error.strerror})."
                     ) from error
                 time.sleep(0.1)
         if not _is_own(connection):
             raise EnvironmentProblem("Another user listens in the place of a worker; start vLLM again.")
         connection.settimeout(_GREETING_S)  # somebody else may be there first
-        with connection.makefile("rw", encoding="utf-8") as lines:
-            greeting = _receive(lines)
+        with contextlib.closing(_Lines(connection)) as lines:
+            greeting = lines.receive()
             connection.settimeout(None)
             yield lines, greeting
-
-
-def _send(lines: TextIO, what: dict[str, Any]) -> None:
-    lines.write(json.dumps(what) + "\n")
-    lines.flush()
-
-
-def _receive(lines: TextIO) -> dict[str, Any]:
-    try:
-        line = lines.readline()
-        told: dict[str, Any] = json.loads(line) if line else {}
-    except (OSError, ValueError) as error:
-        raise EnvironmentProblem(f"a worker cannot be understood ({error})") from error
-    if not line:
-        raise EnvironmentProblem("a worker is gone")
-    return told

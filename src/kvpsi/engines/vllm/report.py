@@ -93,15 +93,14 @@ class StatusServer:
     def __init__(self, port: int, status: Callable[[], VllmStatus]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                path = self.path.partition("?")[0].rstrip("/")
+                path, code = self.path.partition("?")[0].rstrip("/"), 200
                 if path == STATUS_PATH:
                     kind, body = "application/json", json.dumps(dataclasses.asdict(status())).encode()
                 elif path == "/metrics":
                     kind, body = "text/plain; version=0.0.4", metrics_text(status())
                 else:
-                    self.send_error(404, f"There are {STATUS_PATH} and /metrics.")
-                    return
-                self.send_response(200)
+                    code, kind, body = 404, "text/plain", f"There are {STATUS_PATH} and /metrics.\n".encode()
+                self.send_response(code)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 with contextlib.suppress(ConnectionError):  # who asked is gone

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from kvpsi import units
 from kvpsi.errors import UsageError
@@ -19,6 +21,7 @@ _KNOWN = re.compile(
     "KVPSI_(VLLM|RESERVE|REGROW_ABOVE|LAW|ADAPT|SHARE_(WEIGHT|PRIORITY|DIR)|CACHE_LIMIT|LOG|STATUS_PORT"
     "|CACHE_DIR|DEBUG|(REQUIRE|TEST)_.*)"  # other parts of kvpsi, and its tests
 )
+Number = TypeVar("Number", int, float)
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")
 
 
@@ -72,8 +75,8 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
 
 
 def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) -> None:
-    """Raise UsageError if vLLM's own port on its command line is that of an engine's status: both would take it, and
-    vLLM not answer."""
+    """Raise UsageError if an engine's status cannot be at its port: somebody has it, or vLLM will, by its command line;
+    then it would not answer."""
     named = [after for option, after in pairwise(arguments) if option == "--port"]
     named += [option.partition("=")[2] for option in arguments if option.startswith("--port=")]
     own = named[-1] if named else "8000"
@@ -82,6 +85,13 @@ def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) 
             f"KVPSI_STATUS_PORT is {status_port}, and vLLM's own port is {own}; give another one"
             + (f", with {n_engines} ports in a row for so many engines." if n_engines > 1 else ".")
         )
+    for port in range(status_port, status_port + n_engines) if status_port else ():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's, which comes later
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (OSError, OverflowError) as error:
+                raise UsageError(f"KVPSI_STATUS_PORT: port {port} is taken ({error}); give another one.") from error
 
 
 def is_asked_for(environ: Mapping[str, str] = os.environ) -> bool:
@@ -109,21 +119,25 @@ def _with_variables(text: str) -> str:
 def _log(text: str | None) -> Path | None:
     if text is None:
         return None
-    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+    if Path(text).is_dir() or not os.access(Path(text).absolute().parent, os.W_OK):
         raise UsageError(f"KVPSI_LOG {text} cannot be written; name a file in a folder that is there.")
     return Path(text)
 
 
 def _beside_others(environ: Mapping[str, str]) -> ShareSettings:
-    weight, priority = environ.get("KVPSI_SHARE_WEIGHT", "1"), environ.get("KVPSI_SHARE_PRIORITY", "0")
+    weight = _number("KVPSI_SHARE_WEIGHT", environ.get("KVPSI_SHARE_WEIGHT", "1"), float)
+    priority = _number("KVPSI_SHARE_PRIORITY", environ.get("KVPSI_SHARE_PRIORITY", "0"), int)
     try:
-        return ShareSettings(float(weight), int(priority), folder=environ.get("KVPSI_SHARE_DIR", ""))
-    except (ValueError, UsageError) as error:
-        why = f" {error}" if isinstance(error, UsageError) else ""
-        raise UsageError(
-            f"KVPSI_SHARE_WEIGHT is {weight} and KVPSI_SHARE_PRIORITY is {priority}; give a number and a whole "
-            f"number.{why}"
-        ) from error
+        return ShareSettings(weight, priority, folder=environ.get("KVPSI_SHARE_DIR", ""))
+    except UsageError as error:
+        raise UsageError(f"KVPSI_SHARE_WEIGHT, KVPSI_SHARE_PRIORITY: {error}") from error
+
+
+def _number(name: str, text: str, kind: Callable[[str], Number]) -> Number:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UsageError(f"{name} is {text}; give a {'whole ' if kind is int else ''}number.") from error
 
 
 def _share(text: str) -> float:
