@@ -11,7 +11,7 @@ import pytest
 
 from kvpsi.engines.vllm import supported
 from kvpsi.engines.vllm.plugin import platform
-from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, settings_from
+from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, refuse_taken_port, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings
@@ -117,8 +117,9 @@ def test_vllms_own_port_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         with pytest.raises(UsageError, match=f"KVPSI_STATUS_PORT: port {taken} is taken"):
-            refuse_port(taken, [])
-    refuse_port(taken, [])
+            refuse_taken_port(taken)
+    refuse_taken_port(taken)
+    refuse_taken_port(0)
     with pytest.raises(UsageError, match="with 2 ports in a row"):
         refuse_port(8000, ["--port", "8001"], n_engines=2)
 

@@ -75,8 +75,8 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
 
 
 def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) -> None:
-    """Raise UsageError if an engine's status cannot be at its port: somebody has it, or vLLM will, by its command line;
-    then it would not answer."""
+    """Raise UsageError if vLLM's own port on its command line is that of an engine's status: both would take it, and
+    vLLM not answer."""
     named = [after for option, after in pairwise(arguments) if option == "--port"]
     named += [option.partition("=")[2] for option in arguments if option.startswith("--port=")]
     own = named[-1] if named else "8000"
@@ -85,6 +85,10 @@ def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) 
             f"KVPSI_STATUS_PORT is {status_port}, and vLLM's own port is {own}; give another one"
             + (f", with {n_engines} ports in a row for so many engines." if n_engines > 1 else ".")
         )
+
+
+def refuse_taken_port(status_port: int, n_engines: int = 1) -> None:
+    """Raise UsageError if somebody listens where an engine's status is to be; call it before one does."""
     for port in range(status_port, status_port + n_engines) if status_port else ():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's, which comes later
