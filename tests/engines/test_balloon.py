@@ -328,6 +328,23 @@ def test_one_request_has_its_blocks_beside_those_that_are_held(machine: Machine)
     assert machine.pool.get_num_free_blocks() == machine.balloon.n_blocks
 
 
+def test_what_is_held_comes_on_top_of_the_most_and_a_reset_keeps_to_it_after_a_failure() -> None:
+    machine = Machine(most_blocks=5)
+    machine.balloon.settle()
+    machine.write(4)
+    machine.balloon.keep(4)
+    assert machine.pool.get_num_free_blocks() == 5
+    machine.fails = True
+    machine.end(machine.write(5), cached=True)
+    machine.balloon.keep(0)
+    machine.balloon.set_limit(0, None)
+    machine.balloon.settle()
+    assert machine.balloon.failure
+    with machine.balloon.whole():
+        assert machine.pool.get_num_free_blocks() == 36
+    assert machine.balloon.pool_blocks == 5
+
+
 def test_a_governor_that_is_silent_leaves_all_blocks_to_the_engine(machine: Machine) -> None:
     assert not machine.balloon.is_heard
     machine.balloon.set_limit(5 * SIZE, None)

@@ -207,6 +207,22 @@ def test_an_engine_that_starts_again_has_no_cache_for_a_moment(caches: Caches) -
     assert cache.status().used_bytes == 6 * GIB
 
 
+def test_the_limit_is_told_again_to_an_engine_that_started_again(caches: Caches) -> None:
+    clock = ManualClock()
+    cache = KvcachedCache(caches.control(), floor_bytes=GIB, clock=clock)
+    cache.set_limit(4 * GIB, None)
+    caches.file.write_text("{}")
+    clock.advance(2.0)
+    cache.status()
+    caches.write(limit_bytes=8 * GIB, used_bytes=5 * GIB)
+    clock.advance(2.0)
+    returned = cache.returned_bytes
+    cache.status()
+    cache.set_limit(4 * GIB, None)
+    assert caches.read()["limit_bytes"] == 4 * GIB
+    assert cache.returned_bytes == returned, "what the engine lost by itself was not given"
+
+
 def test_a_limit_that_never_can_be_set_is_told_though_sizes_can_be_read(caches: Caches) -> None:
     cache = KvcachedCache(caches.control(), floor_bytes=GIB)
     caches.script.write_text(

@@ -144,7 +144,7 @@ def test_other_users_are_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_workers_cannot_have_the_same_address() -> None:
-    config = SimpleNamespace(instance_id=uuid.uuid4().hex, parallel_config=SimpleNamespace(data_parallel_rank=0))
+    config = SimpleNamespace(instance_id=uuid.uuid4().hex, parallel_config=SimpleNamespace(data_parallel_index=0))
     assert address_of(config, 0) != address_of(config, 1)
     layout = Told(8, (Plane(0, 10, 10),))
     ReleaseServer(address_of(config, 0), layout).start()

@@ -11,7 +11,7 @@ import pytest
 
 from kvpsi.engines.vllm import supported
 from kvpsi.engines.vllm.plugin import platform
-from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, refuse_taken_port, settings_from
+from kvpsi.engines.vllm.settings import is_asked_for, refuse_taken_ports, refuse_vllms_port, settings_from
 from kvpsi.engines.vllm.supported import refuse_cache, refuse_unsupported, refuse_version
 from kvpsi.errors import UsageError
 from kvpsi.governor import AdaptSettings
@@ -110,18 +110,21 @@ def test_sentences_name_variables_and_no_options(tmp_path: Path) -> None:
 
 def test_vllms_own_port_is_refused() -> None:
     for arguments in ([], ["serve", "--port", "8000"], ["--port=9000", "--port=8000"]):
-        with pytest.raises(UsageError, match="KVPSI_STATUS_PORT is 8000"):
-            refuse_port(8000, arguments)
-    refuse_port(0, [])
-    refuse_port(8000, ["--port", "8001"])
+        with pytest.raises(UsageError, match="KVPSI_STATUS_PORT: it is 8000"):
+            refuse_vllms_port(range(8000, 8001), arguments)
+    refuse_vllms_port(range(0), [])
+    refuse_vllms_port(range(8000, 8001), ["--port", "8001"])
+    with pytest.raises(UsageError, match="engines take 8000 to 8001"):
+        refuse_vllms_port(range(8000, 8002), ["--port", "8001"])
+
+
+def test_ports_that_are_taken_are_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         with pytest.raises(UsageError, match=f"KVPSI_STATUS_PORT: port {taken} is taken"):
-            refuse_taken_port(taken)
-    refuse_taken_port(taken)
-    refuse_taken_port(0)
-    with pytest.raises(UsageError, match="with 2 ports in a row"):
-        refuse_port(8000, ["--port", "8001"], n_engines=2)
+            refuse_taken_ports(range(taken, taken + 1))
+    refuse_taken_ports(range(taken, taken + 1))
+    refuse_taken_ports(range(0))
 
 
 def test_variables_that_mean_nothing_here_are_told() -> None:

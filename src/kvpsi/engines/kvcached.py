@@ -182,7 +182,10 @@ class KvcachedCache:
             return
         before = self._sizes
         with self._riding_out("list"):
+            had_failed = self._failures["list"] > 0
             self._sizes = self._control.sizes()
+            if had_failed:  # an engine that has started again has a limit of its own
+                self._set_bytes = None
         self._looked_s = self._clock()
         if self._set_bytes is not None and self._set_bytes < before.used_bytes:
             self.returned_bytes += max(0, before.used_bytes - self._sizes.used_bytes)

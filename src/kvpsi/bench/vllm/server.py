@@ -90,9 +90,12 @@ class Server:
         return sum(int(size.rss - size.shared) for _, size in self._sizes())
 
     def _sizes(self) -> Iterator[tuple[str, Any]]:
-        whole = psutil.Process(self.process.pid)
-        for each in (whole, *whole.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            family = [psutil.Process(self.process.pid)]
+            family += family[0].children(recursive=True)
+        for each in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 yield each.name(), each.memory_info()
 
 

@@ -229,8 +229,7 @@ class Balloon:
             return
         with self.lock:
             self._heard_s, self._is_short, self._is_lifted = None, False, True
-            if self._allowed < self._most:
-                log.warning("kvpsi: the governor is silent, so vLLM has its blocks again")
+            log.warning("kvpsi: the governor is silent, so vLLM has its blocks again")
             self._allow(self._most)
 
     @contextlib.contextmanager
@@ -242,6 +241,7 @@ class Balloon:
             try:
                 yield
             finally:
+                self._allow(self._allowed)
                 self._settle_soon()
 
     # Its own work
@@ -295,7 +295,7 @@ class Balloon:
         return returned_bytes
 
     def _allow(self, n_blocks: int) -> None:
-        self._allowed = min(self._most, max(self._floor, n_blocks))
+        self._allowed = max(self._floor, min(self._most, n_blocks))
         surplus = self.pool_blocks - self._allowed
         if surplus > 0:
             # once nothing is given back any more, those that hold memory keep it

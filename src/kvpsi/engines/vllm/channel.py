@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import struct
@@ -23,7 +22,6 @@ from typing import Any
 from kvpsi.engines.vllm.layout import BlockLayout, Run
 from kvpsi.errors import EnvironmentProblem
 
-log = logging.getLogger("vllm.kvpsi")
 _CONNECT_S = 5.0
 _GREETING_S = 30.0
 _PATIENCE_S = 1.0
@@ -31,7 +29,7 @@ _PATIENCE_S = 1.0
 
 def address_of(config: Any, rank: int) -> str:
     """The abstract address (unix(7)) of one worker of a ``VllmConfig``; it is gone with the process."""
-    return f"\0kvpsi-vllm-{config.instance_id}-{config.parallel_config.data_parallel_rank}-{rank}"
+    return f"\0kvpsi-vllm-{config.instance_id}-{config.parallel_config.data_parallel_index}-{rank}"
 
 
 def _is_own(connection: socket.socket) -> bool:

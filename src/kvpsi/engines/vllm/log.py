@@ -15,12 +15,12 @@ from kvpsi.units import format_bytes
 log = logging.getLogger("vllm.kvpsi")
 
 
-def instrument_of(settings: VllmSettings, engine: int | None, stack: ExitStack) -> Instrument:
+def instrument_of(settings: VllmSettings, engine: int, stack: ExitStack) -> Instrument:
     """Tells what happens until ``stack`` is closed.
 
     Args:
         settings: name the file.
-        engine: which of several data-parallel ones, each with a file of its own; None: there is one.
+        engine: which of several data-parallel ones, each with a file of its own; the first is 0.
         stack: closes the file.
 
     Raises:
@@ -28,7 +28,7 @@ def instrument_of(settings: VllmSettings, engine: int | None, stack: ExitStack) 
     """
     instrument = Instruments([_Told()])
     if settings.log is not None:
-        name = settings.log.name if engine is None else f"{settings.log.stem}-{engine}{settings.log.suffix}"
+        name = f"{settings.log.stem}-{engine}{settings.log.suffix}" if engine else settings.log.name
         instrument.members.append(JsonLines(stack.enter_context(_opened(settings.log.with_name(name)))))
     return instrument
 

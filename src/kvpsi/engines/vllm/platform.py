@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from kvpsi.engines.vllm.settings import is_asked_for, refuse_port, refuse_taken_port, settings_from
+from kvpsi.engines.vllm.settings import is_asked_for, refuse_taken_ports, refuse_vllms_port, settings_from
 from kvpsi.engines.vllm.supported import refuse_unsupported
 
 _SCHEDULER = "kvpsi.engines.vllm.scheduler.ElasticScheduler"
@@ -32,13 +32,18 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
         super().check_and_update_config(vllm_config)
         refuse_unsupported(vllm_config)
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
-        # before minutes of loading
-        status_port, n_engines = settings_from().status_port, parallel.data_parallel_size
-        refuse_port(status_port, sys.argv, n_engines)
         if not cls._has_begun and multiprocessing.parent_process() is None:  # vLLM comes here again when all is up
-            refuse_taken_port(status_port, n_engines)
+            cls._refuse_ports(settings_from().status_port, parallel)
         cls._has_begun = True
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = _SCHEDULER
         if parallel.worker_cls == _STOCK_WORKER:
             parallel.worker_cls = _WORKER
+
+    @staticmethod
+    def _refuse_ports(status_port: int, parallel: Any) -> None:
+        """Before minutes of loading. A command may start some of several data-parallel engines only."""
+        first = status_port + parallel.data_parallel_rank
+        ports = range(first, first + max(1, parallel.data_parallel_size_local)) if status_port else range(0)
+        refuse_vllms_port(ports, sys.argv)
+        refuse_taken_ports(ports)

@@ -50,7 +50,8 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         parallel = self.vllm_config.parallel_config
         self.workers = Workers([address_of(self.vllm_config, rank) for rank in range(parallel.world_size)])
         stack.callback(self.workers.close)
-        engine = parallel.data_parallel_rank if parallel.data_parallel_size > 1 else None
+        # among several data-parallel engines; their size and rank are those of a single one by now
+        engine = parallel.data_parallel_index
         instrument = instrument_of(settings, engine, stack)
         if settings.unknown:
             log.warning("kvpsi does not know %s here; docs/vllm.md has the names", ", ".join(settings.unknown))
@@ -61,7 +62,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         stack.callback(self.governor.stop)
         self.governor.start()
         if settings.status_port:
-            stack.callback(StatusServer(settings.status_port + parallel.data_parallel_rank, self.status).close)
+            stack.callback(StatusServer(settings.status_port + engine, self.status).close)
 
     def _make_balloon(self, settings: VllmSettings, instrument: Instrument) -> Balloon:
         pool = self.kv_cache_manager.block_pool
@@ -137,7 +138,7 @@ class ElasticScheduler(Scheduler):  # type: ignore[misc]
         """A step: preempt what is beyond the limit first, and note the blocks that will be written to."""
         self.balloon.lift_if_silent()
         with self.balloon.lock:
-            self.balloon.keep(sum(len(self._blocks_of(request)) for request in self.kv_holding_waiting))
+            self.balloon.keep(len({i for request in self.kv_holding_waiting for i in self._blocks_of(request)} - {0}))
             self._preempt_beyond_limit()
             self.max_num_active_reqs = self.concurrency_limit
             output = super().schedule(*args, **options)

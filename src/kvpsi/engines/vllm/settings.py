@@ -74,28 +74,29 @@ def settings_from(environ: Mapping[str, str] = os.environ) -> VllmSettings:
     )
 
 
-def refuse_port(status_port: int, arguments: Sequence[str], n_engines: int = 1) -> None:
-    """Raise UsageError if vLLM's own port on its command line is that of an engine's status: both would take it, and
+def refuse_vllms_port(ports: range, arguments: Sequence[str]) -> None:
+    """Raise UsageError if vLLM's own port, by its command line, is among those of the status: both would take it, and
     vLLM not answer."""
     named = [after for option, after in pairwise(arguments) if option == "--port"]
     named += [option.partition("=")[2] for option in arguments if option.startswith("--port=")]
     own = named[-1] if named else "8000"
-    if status_port and own in map(str, range(status_port, status_port + n_engines)):
-        raise UsageError(
-            f"KVPSI_STATUS_PORT is {status_port}, and vLLM's own port is {own}; give another one"
-            + (f", with {n_engines} ports in a row for so many engines." if n_engines > 1 else ".")
-        )
+    if own in map(str, ports):
+        raise UsageError(f"KVPSI_STATUS_PORT: {_listed(ports)}, and vLLM's own port is {own}; give another one.")
 
 
-def refuse_taken_port(status_port: int, n_engines: int = 1) -> None:
-    """Raise UsageError if somebody listens where an engine's status is to be; call it before one does."""
-    for port in range(status_port, status_port + n_engines) if status_port else ():
+def refuse_taken_ports(ports: range) -> None:
+    """Raise UsageError if somebody listens at a port of the status; call it before the status does."""
+    for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's, which comes later
             try:
                 probe.bind(("127.0.0.1", port))
             except (OSError, OverflowError) as error:
                 raise UsageError(f"KVPSI_STATUS_PORT: port {port} is taken ({error}); give another one.") from error
+
+
+def _listed(ports: range) -> str:
+    return f"it is {ports[0]}" if len(ports) == 1 else f"its engines take {ports[0]} to {ports[-1]}"
 
 
 def is_asked_for(environ: Mapping[str, str] = os.environ) -> bool:
@@ -123,8 +124,11 @@ def _with_variables(text: str) -> str:
 def _log(text: str | None) -> Path | None:
     if text is None:
         return None
-    if Path(text).is_dir() or not os.access(Path(text).absolute().parent, os.W_OK):
-        raise UsageError(f"KVPSI_LOG {text} cannot be written; name a file in a folder that is there.")
+    path = Path(text).absolute()
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(
+            f"KVPSI_LOG {text} cannot be written; name a file that can be, in a folder that is there."
+        )
     return Path(text)
 
 
