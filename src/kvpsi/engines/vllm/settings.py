@@ -126,9 +126,7 @@ def _log(text: str | None) -> Path | None:
         return None
     path = Path(text).absolute()
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(
-            f"KVPSI_LOG {text} cannot be written; name a file that can be, in a folder that is there."
-        )
+        raise UsageError(f"KVPSI_LOG {text} cannot be written; name a file that can be, in a folder that is there.")
     return Path(text)
 
 
