@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,7 +57,6 @@ def test_compiled_and_without_a_cache_of_prefixes_answers_are_the_same(setting: 
 
 
 def test_answers_are_the_same_where_requests_have_priorities(setting: Setting, stock: Stock, tmp_path: Path) -> None:
-    """A request may be preempted in the very step that it was scheduled in: its blocks are cached, and not written."""
     chance = random.Random(5)
     asked = [(prompt, chance.randrange(4)) for _ in range(3) for prompt in chance.sample(PROMPTS, 24)]
     by_priority = with_options(setting, *STEERED, "--scheduling-policy", "priority")
@@ -66,3 +66,22 @@ def test_answers_are_the_same_where_requests_have_priorities(setting: Setting, s
         wrong = sum(text != stock.texts[prompt] for (prompt, _), text in zip(asked, texts, strict=True))
         print(f"by priority: {served.status()['pauses']} times preempted, {wrong} of {len(asked)} answers wrong")
         assert not wrong and served.status()["pauses"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+def test_what_was_not_computed_is_not_found_after_a_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By priority a request may be preempted in the very step that it was scheduled in: its blocks are cached, and not
+    written. That is rare, so that the test above does not depend on it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from kvpsi.engines.vllm.scheduler import ElasticScheduler
+
+    evicted: list[set[int]] = []
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *_: None)
+    scheduler = object.__new__(ElasticScheduler)
+    scheduler.pauses, scheduler.block_size = 0, 128
+    scheduler.kv_cache_manager = SimpleNamespace(
+        get_block_ids=lambda _: ([3, 4, 5],), block_pool=SimpleNamespace(evict_blocks=evicted.append)
+    )
+    scheduler._preempt_request(SimpleNamespace(request_id="a", num_computed_tokens=200), 0.0)
+    assert evicted == [{4, 5}] and scheduler.pauses == 1, "200 tokens fill one block, and a part of the next"
