@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,23 @@ class Served(Server):
     def limit(self, n_blocks: int) -> None:
         """Tell a `SteeredScheduler` how many blocks may be in the pool."""
         self._write("limit", str(n_blocks))
+
+    @contextlib.contextmanager
+    def toggled(self, seed: int, choices: Sequence[int]) -> Iterator[None]:
+        """The limit jumps between so many blocks meanwhile."""
+        ended, chance = threading.Event(), random.Random(seed)
+
+        def toggle() -> None:
+            while not ended.wait(chance.uniform(0.02, 0.3)):
+                self.limit(chance.choice(choices))
+
+        toggling = threading.Thread(target=toggle)
+        toggling.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            toggling.join()
 
     def stall(self, share: float) -> None:
         """Tell it that memory stalls for a share (0 to 1) of the time."""

@@ -122,13 +122,7 @@ def test_while_memory_stalls_requests_wait_for_each_other(stock: Stock, steered:
 
 
 def test_toggled_at_random_under_eight_clients_for_a_minute(stock: Stock, steered: Served) -> None:
-    chance, ended = random.Random(7), threading.Event()
     before = steered.status()
-
-    def toggle() -> None:
-        while not ended.wait(chance.uniform(0.02, 0.3)):
-            steered.limit(chance.choice([FLOOR, 2 * FLOOR, 4 * FLOOR, 120, 363]))
-
     wrong: list[str] = []
     answered = [0] * 8
     deadline_s = time.monotonic() + 60
@@ -141,14 +135,12 @@ def test_toggled_at_random_under_eight_clients_for_a_minute(stock: Stock, steere
                 wrong.append(prompt)
             answered[client] += 1
 
-    toggling = threading.Thread(target=toggle)
     clients = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
-    for thread in (toggling, *clients):
-        thread.start()
-    for client in clients:
-        client.join()
-    ended.set()
-    toggling.join()
+    with steered.toggled(7, [FLOOR, 2 * FLOOR, 4 * FLOOR, 120, 363]):
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
     after = steered.status()
     print(
         f"{sum(answered)} answers, {after['pauses'] - before['pauses']} times preempted, {after['releases']} releases, "

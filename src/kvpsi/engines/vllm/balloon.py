@@ -17,7 +17,6 @@ computes again what it asks for.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -25,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvpsi.engines.vllm.layout import Run, runs_of
+from kvpsi.engines.vllm.log import log
 from kvpsi.engines.vllm.pool import Block, FreeQueue, Pool
 from kvpsi.errors import EnvironmentProblem
 from kvpsi.instrument import Instrument, guarded
 from kvpsi.status import CacheStatus
 
-log = logging.getLogger("vllm.kvpsi")
 _LOOK_S = 1.0
 _STOP_S = 5.0
 _BATCH_BYTES = 1 << 30
@@ -300,9 +299,7 @@ class Balloon:
         if surplus > 0:
             # once nothing is given back any more, those that hold memory keep it
             out = [block for block in self._free() if self.failure or block.block_id not in self._resident][:surplus]
-            self._pool.touch(out)
-            # a request that was preempted before it wrote to its blocks leaves them empty, and cached all the same
-            self._pool.evict_blocks({block.block_id for block in out})
+            self._withdraw(out)
             self._out.update((block.block_id, block) for block in out)
         else:
             self._put_back(min(-surplus, len(self._out)))
@@ -310,6 +307,14 @@ class Balloon:
     def _free(self) -> Sequence[Block]:
         queue: FreeQueue = self._pool.free_block_queue
         return queue.get_all_free_blocks()
+
+    def _withdraw(self, free: Sequence[Block]) -> None:
+        """Take free blocks out of the pool, so that they cannot be found by what is cached in them.
+
+        An empty one may be cached, too, if a request was preempted before it wrote to it.
+        """
+        self._pool.touch(free)
+        self._pool.evict_blocks({block.block_id for block in free})
 
     def _put_back(self, n_blocks: int) -> None:
         self._pool.free_blocks([self._out.popitem()[1] for _ in range(n_blocks)])
@@ -328,8 +333,7 @@ class Balloon:
             if len(taken) >= surplus:
                 break
             taken.setdefault(block.block_id, block)
-        self._pool.touch(list(taken.values()))
-        self._pool.evict_blocks(set(taken))
+        self._withdraw(list(taken.values()))
         self._leaving.update(taken)
         self._allow(self._allowed)
 

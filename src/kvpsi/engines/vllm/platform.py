@@ -31,9 +31,10 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
         is_asked_for()
         super().check_and_update_config(vllm_config)
         refuse_unsupported(vllm_config)
+        status_port = settings_from().status_port  # what is wrong with a variable is said before minutes of loading
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         if not cls._has_begun and multiprocessing.parent_process() is None:  # vLLM comes here again when all is up
-            cls._refuse_ports(settings_from().status_port, parallel)
+            cls._refuse_ports(status_port, parallel)
         cls._has_begun = True
         if scheduler.scheduler_cls is None:
             scheduler.scheduler_cls = _SCHEDULER
@@ -42,7 +43,7 @@ class ElasticCpuPlatform(CpuPlatform):  # type: ignore[misc]
 
     @staticmethod
     def _refuse_ports(status_port: int, parallel: Any) -> None:
-        """Before minutes of loading. A command may start some of several data-parallel engines only."""
+        """A command may start some of several data-parallel engines only."""
         first = status_port + parallel.data_parallel_rank
         ports = range(first, first + max(1, parallel.data_parallel_size_local)) if status_port else range(0)
         refuse_vllms_port(ports, sys.argv)
